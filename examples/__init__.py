@@ -1,0 +1,1 @@
+"""Programs that show optax_gale at work."""

@@ -1,0 +1,1 @@
+"""A LLaMA in Flax, its data and its training script."""

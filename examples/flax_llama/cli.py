@@ -1,0 +1,91 @@
+"""Training LLaMA with optax_gale.
+
+python -m examples.flax_llama train     trains one model with one optimizer
+python -m examples.flax_llama compare   does so with several optimizers, and tabulates them
+python -m examples.flax_llama memory    prints where the memory of a training would go
+"""
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from examples.flax_llama.config import CompareConfig, MemoryConfig, TrainConfig
+from examples.flax_llama.errors import UserError
+from examples.flax_llama.parsing import parse
+
+_COMMANDS = {"train": TrainConfig, "compare": CompareConfig, "memory": MemoryConfig}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    Whatever the person at the terminal can put right is told in one line, without a traceback.
+
+    Args:
+      arguments: the words after the program's name; by default those of this process.
+
+    Returns:
+      The exit status: 0, 2 after such a line, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _run(_parse(words))
+    except UserError as error:
+        return _complain(str(error), 2)
+    except OSError as error:
+        return _complain(str(error), 2)
+    except KeyboardInterrupt:
+        return _complain("stopped; the same command goes on from the last checkpoint", 130)
+    except RuntimeError as error:  # JAX's errors, without importing JAX
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        advice = "lower --batch-size, raise --loss-chunks, or set --remat True"
+        return _complain(f"out of memory: {advice} ({str(error).splitlines()[0]})", 2)
+    return 0
+
+
+def _parse(words: list[str]) -> TrainConfig | CompareConfig | MemoryConfig:
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__, "Each has its own --help.")
+        raise SystemExit(0)
+    kind = _COMMANDS.get(words[0])
+    if kind is None:
+        raise UserError(f"unknown command '{words[0]}'; choose from {', '.join(_COMMANDS)}")
+    try:
+        return parse(
+            kind,
+            words[1:],
+            prog=f"python -m examples.flax_llama {words[0]}",
+            config=(
+                tyro.conf.OmitArgPrefixes,
+                tyro.conf.FlagConversionOff,
+                tyro.conf.DisallowNone,
+            ),
+        )
+    except SystemExit:  # it was --help
+        from examples.flax_llama.optimizers import table
+
+        print("Optimizers and their defaults:\n" + table())
+        raise
+
+
+def _run(config: TrainConfig | CompareConfig | MemoryConfig) -> None:
+    # JAX is imported here, after the options have been read.
+    if isinstance(config, TrainConfig):
+        from examples.flax_llama import train
+
+        train.run(config)
+    elif isinstance(config, CompareConfig):
+        from examples.flax_llama import compare
+
+        compare.run(config)
+    else:
+        from examples.flax_llama import memory
+
+        print(memory.run(config))
+
+
+def _complain(line: str, status: int) -> int:
+    print(f"error: {line}", file=sys.stderr)
+    return status

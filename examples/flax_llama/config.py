@@ -1,0 +1,300 @@
+"""Everything that the command line can set.
+
+The classes are plain data: nothing here imports JAX, so that ``--help`` and mistyped options
+answer at once. Each class is one group of options in the help.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from examples.flax_llama.data import DataConfig
+from examples.flax_llama.errors import UserError
+from examples.flax_llama.sizes import SIZES
+
+FloatName = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """The model and the precision it runs in."""
+
+    size: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(SIZES) + "}")] = "tiny"
+    """Model size."""
+    dtype: FloatName = "bfloat16"
+    """Precision of the forward and backward pass."""
+    param_dtype: FloatName = "float32"
+    """Precision of the weights and gradients."""
+    remat: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    attention_backend: Literal["xla", "cudnn"] = "xla"
+    """cudnn: the fused kernel of NVIDIA GPUs (bfloat16 only)."""
+    loss_chunks: int = 1
+    """Compute the logits in so many pieces, one at a time: less memory, more time."""
+
+    def check(self) -> None:
+        """Raises `UserError` at the first value that makes no sense."""
+        if self.size not in SIZES:
+            raise UserError(f"--size must be one of {', '.join(SIZES)}, got '{self.size}'")
+        _positive("--loss-chunks", self.loss_chunks)
+        if self.attention_backend == "cudnn" and self.dtype != "bfloat16":
+            raise UserError("--attention-backend cudnn needs --dtype bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """The optimizer's settings; "None" stands for the optimizer's own default.
+
+    An option that the chosen optimizer does not have is refused.
+    """
+
+    learning_rate: float | None = None
+    """Peak learning rate."""
+    weight_decay: float | None = None
+    """Decoupled weight decay, of everything but the norms."""
+    b1: float | None = None
+    """Adam, Lion: decay of the first moment."""
+    b2: float | None = None
+    """Adam, Lion: decay of the second moment."""
+    eps: float | None = None
+    """Adam: added to the root of the second moment."""
+    eps_root: float | None = None
+    """Adam: added under the root of the second moment."""
+    nesterov: bool | None = None
+    """Look one step ahead along the momentum."""
+    momentum: float | None = None
+    """SGD, Adafactor: decay of the momentum."""
+    beta: float | None = None
+    """Muon: decay of the momentum."""
+    ns_steps: int | None = None
+    """Muon: Newton-Schulz iterations."""
+    adam_learning_rate: float | None = None
+    """Muon: peak learning rate of the embeddings, the head and the norms, which Adam trains."""
+    adam_b1: float | None = None
+    """Muon: that Adam's decay of the first moment."""
+    adam_b2: float | None = None
+    """Muon: that Adam's decay of the second moment."""
+    adam_eps: float | None = None
+    """Muon: that Adam's epsilon."""
+    decay_rate: float | None = None
+    """Adafactor: exponent of the second moment's decay."""
+    min_dim_size_to_factor: int | None = None
+    """Adafactor: shortest side of a matrix whose second moments are factored."""
+    clipping_threshold: float | None = None
+    """Adafactor: root mean square at which an update is clipped."""
+    mu_dtype: FloatName | None = None
+    """Precision of the first moment."""
+    accumulator_dtype: FloatName | None = None
+    """SGD: precision of the momentum."""
+
+    rank: int | None = None
+    """Columns of a projector. By default a quarter of the model's width."""
+    update_proj_gap: int | None = None
+    """Steps from one refresh of the projectors to the next. By default 200, or a quarter of the
+    training if that is less."""
+    scale: float | None = None
+    """GaLore's alpha: factor on the update of projected weights."""
+    side: Literal["short", "long"] | None = None
+    """Which side of a matrix is projected."""
+    range_finder: Literal["gale", "gale_approx", "warm", "svd", "random"] | None = None
+    """How a gradient becomes a projector."""
+    oversampling: int | None = None
+    """Sketch: extra columns."""
+    power_iterations: int | None = None
+    """Sketch: steps of subspace iteration."""
+    sketch: Literal["gaussian", "rademacher"] | None = None
+    """Sketch: distribution of the random matrix."""
+    sample_fraction: float | None = None
+    """Sketch: share of the gradient that it reads."""
+    warm_start: bool | None = None
+    """Sketch: start from the projector in use."""
+    moments: Literal["keep", "rotate", "reset"] | None = None
+    """What a refresh does to the moments."""
+    residual: Literal["none", "fira"] | None = None
+    """What becomes of the gradient outside the subspace."""
+    refresh_schedule: Literal["together", "staggered"] | None = None
+    """Refresh all projectors in one step, or spread them over the gap."""
+    select: str | None = None
+    """Regular expression on the parameters' paths: which weights are projected."""
+    state_dtype: FloatName | None = None
+    """Precision in which the optimizer runs in the subspace."""
+    projector_dtype: FloatName | None = None
+    """Precision of the projectors."""
+    projection_seed: int | None = None
+    """Seed of the sketches."""
+
+    def given(self) -> dict[str, Any]:
+        """The options that were set."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """How long, how much at a time, and how the learning rate moves."""
+
+    steps: int = 200
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Sequences a step."""
+    warmup_fraction: float = 0.1
+    """Share of the steps during which the learning rate rises."""
+    final_lr_fraction: float = 0.1
+    """Where the cosine ends, as a share of the peak learning rate."""
+    clip_norm: float = 1.0
+    """Global norm to which gradients are clipped, before any projection; 0 turns it off."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the data."""
+    host_refresh: bool = False
+    """Let the host choose the steps that refresh: two executables, no conditional in either."""
+
+    def check(self) -> None:
+        """Raises `UserError` at the first value that makes no sense."""
+        _positive("--steps", self.steps)
+        _positive("--batch-size", self.batch_size)
+        _within("--warmup-fraction", self.warmup_fraction, 0.0, 1.0)
+        _within("--final-lr-fraction", self.final_lr_fraction, 0.0, 1.0)
+        if not (math.isfinite(self.clip_norm) and self.clip_norm >= 0):
+            raise UserError(f"--clip-norm must be 0 (off) or more, got {self.clip_norm}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputOptions:
+    """What is written, and how often."""
+
+    checkpoint_every: int = 50
+    """Steps between checkpoints; the last step always is one. 0: no checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the latest checkpoints to keep."""
+    eval_every: int = 50
+    """Steps between validations; the last step always is one. 0: only the last."""
+    log_every: int = 10
+    """Steps between reports. Losses of single steps are kept whatever this is."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside the JSON lines."""
+    progress: bool = True
+    """Show a progress bar where there is a terminal."""
+
+    def check(self) -> None:
+        """Raises `UserError` at the first value that makes no sense."""
+        _positive("--keep-checkpoints", self.keep_checkpoints)
+        _positive("--log-every", self.log_every)
+        for name in ("checkpoint_every", "eval_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{flag(name)} must be 0 or more, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Train one model with one optimizer.
+
+    Started again with the same options it goes on from the last checkpoint.
+    """
+
+    optimizer: str = "gale_adamw"
+    """Which optimizer; they are listed below with their defaults."""
+    out: Path | None = None
+    """Folder of the run. Default: runs/SIZE-OPTIMIZER."""
+    overwrite: bool = False
+    """Delete what ``--out`` holds and start from step 0."""
+    optimization: OptimizerOptions = OptimizerOptions()
+    training: TrainingOptions = TrainingOptions()
+    model: ModelOptions = ModelOptions()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    output: OutputOptions = OutputOptions()
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is kept."""
+        return self.out or Path("runs") / f"{self.model.size}-{self.optimizer}"
+
+    def check(self) -> None:
+        """Raises `UserError` at the first value that makes no sense."""
+        _check_run(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """Train the same model on the same tokens with several optimizers.
+
+    Every arm starts from the same weights. Results are stored after every run, and runs that are
+    stored are not repeated.
+    """
+
+    optimizers: str = ""
+    """Optimizers to compare, separated by commas: one arm each, with the options given below."""
+    arm: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """An arm with options of its own, for example "name=fira optimizer=gale_adamw residual=fira
+    lr=5e-3,1e-2". Several learning rates make one run each, and the best one counts. May be given
+    several times."""
+    out: Path = Path("runs/compare")
+    """Folder of the comparison."""
+    optimization: OptimizerOptions = OptimizerOptions()
+    training: TrainingOptions = TrainingOptions()
+    model: ModelOptions = ModelOptions()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    output: OutputOptions = OutputOptions(checkpoint_every=0)
+
+    def check(self) -> None:
+        """Raises `UserError` at the first value that makes no sense."""
+        _check_run(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """Print where the memory would go, from shapes alone: nothing is allocated."""
+
+    optimizers: str = "adamw,galore,gale_adamw"
+    """Optimizers to tabulate, separated by commas."""
+    details: bool = False
+    """Also print what the optimizer does with each weight, and why."""
+    optimization: OptimizerOptions = OptimizerOptions()
+    model: ModelOptions = ModelOptions(param_dtype="bfloat16")
+
+
+def _check_run(config: TrainConfig | CompareConfig) -> None:
+    config.model.check()
+    config.training.check()
+    config.output.check()
+    longest = SIZES[config.model.size].max_length
+    if config.data.sequence_length > longest:
+        raise UserError(
+            f"--sequence-length must be at most {longest}, got {config.data.sequence_length}"
+        )
+    if config.data.sequence_length % config.model.loss_chunks:
+        raise UserError(
+            f"--loss-chunks {config.model.loss_chunks} must divide --sequence-length "
+            f"{config.data.sequence_length}"
+        )
+
+
+def flag(name: str) -> str:
+    """The command line's spelling of a field: ``batch_size`` becomes ``--batch-size``."""
+    return "--" + name.replace("_", "-")
+
+
+def _positive(name: str, value: int) -> None:
+    if value <= 0:
+        raise UserError(f"{name} must be at least 1, got {value}")
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # also catches NaN
+        raise UserError(f"{name} must be between {low:g} and {high:g}, got {value}")
+
+
+def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """Names every entry in which two flat mappings differ, with both values."""
+    keys = [*here, *(key for key in there if key not in here)]
+    return [
+        f"{key} is {_shown(here.get(key))} here and {_shown(there.get(key))} there"
+        for key in keys
+        if here.get(key) != there.get(key)
+    ]
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)

@@ -1,0 +1,13 @@
+"""The one exception that a person at the terminal is meant to read."""
+
+
+class UserError(Exception):
+    """One clear line for the person at the terminal: what is wrong, where, and what to do.
+
+    Raised for everything that the person can put right (a missing path, a corrupt file, an unknown
+    name); the command line prints it without a traceback and exits with status 2. The text is
+    always a single line, so that texts of other libraries can be quoted in it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))

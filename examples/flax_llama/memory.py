@@ -1,0 +1,85 @@
+"""Where the memory of training goes, from shapes alone."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_gale
+from examples.flax_llama import optimizers
+from examples.flax_llama.config import MemoryConfig, TrainingOptions
+from examples.flax_llama.metrics import human_bytes
+from examples.flax_llama.model import Llama
+from examples.flax_llama.sizes import get_size
+from examples.flax_llama.step import trace_init
+from examples.flax_llama.tables import aligned
+
+
+class Breakdown(NamedTuple):
+    """Bytes of each kind that training holds, besides activations.
+
+    Attributes:
+      weights: the parameters.
+      gradients: as many as the weights.
+      moments: the optimizer's state without its projectors.
+      projectors: the bases of the subspaces.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    projectors: int
+
+    @property
+    def optimizer(self) -> int:
+        """The optimizer's whole state."""
+        return self.moments + self.projectors
+
+
+def breakdown(params: Any, opt_state: Any) -> Breakdown:
+    """Adds up parameters and an optimizer's state, which may be shapes."""
+    in_projectors, elsewhere = 0, 0
+    for path, x in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
+        if any(getattr(key, "name", None) == "projector" for key in path):
+            in_projectors += _bytes(x)
+        else:
+            elsewhere += _bytes(x)
+    weights = sum(map(_bytes, jax.tree.leaves(params)))
+    return Breakdown(weights, weights, elsewhere, in_projectors)
+
+
+def _bytes(x: Any) -> int:
+    return math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
+
+
+def report(name: str, tx: optax.GradientTransformation, params: Any) -> str:
+    """The table that training starts with: what the optimizer does with each weight, and totals."""
+    return f"Memory with {name}:\n{optax_gale.memory_report(tx, params)}"
+
+
+def run(config: MemoryConfig) -> str:
+    """Tabulates weights, gradients and optimizer states of one model for several optimizers.
+
+    Raises:
+      UserError: if an optimizer or one of its options is unknown.
+    """
+    config.model.check()
+    size = get_size(config.model.size)
+    model = Llama(size, param_dtype=jnp.dtype(config.model.param_dtype))
+    training = TrainingOptions()
+    names = config.optimizers.split(",")
+    rows, reports = [], []
+    for name, options in zip(names, optimizers.narrowed(config.optimization, names), strict=True):
+        settings = optimizers.resolve(name, options, size, training.steps)
+        tx = optimizers.build(name, settings, training)
+        shapes = trace_init(model, tx, seed=0).out_info
+        parts = breakdown(shapes.params, shapes.opt_state)
+        label = f"{name}, rank {settings['rank']}" if "rank" in settings else name
+        rows.append([label, *map(human_bytes, (*parts, sum(parts)))])
+        if config.details:
+            reports.append(report(name, tx, shapes.params))
+    header = ["optimizer", *Breakdown._fields, "total"]
+    title = f"LLaMA {config.model.size}, {config.model.param_dtype} weights, no activations"
+    return "\n\n".join([*reports, title, aligned(header, rows)])

@@ -1,0 +1,315 @@
+"""One training run, from options to results."""
+
+import dataclasses
+import fcntl
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from examples.flax_llama import data, memory, optimizers, plots
+from examples.flax_llama.checkpoint import Checkpoints, Progress
+from examples.flax_llama.config import TrainConfig, flag
+from examples.flax_llama.errors import UserError
+from examples.flax_llama.meter import DivergedError, Meter
+from examples.flax_llama.metrics import Display, MetricsLog, replace_text
+from examples.flax_llama.model import Llama
+from examples.flax_llama.prefetch import Prefetch
+from examples.flax_llama.sizes import count_params, get_size
+from examples.flax_llama.step import (
+    Evaluation,
+    Metrics,
+    TrainState,
+    make_evaluate,
+    make_train_step,
+    trace_init,
+)
+
+# Options that change at most the rounding of a run's numbers, and those whose effect is in the
+# data's fingerprint.
+_IRRELEVANT = {
+    *("host_refresh", "remat", "loss_chunks", "attention_backend"),
+    *("path", "validation_path", "cache_dir"),
+}
+
+
+class Result(NamedTuple):
+    """What a finished run has to show.
+
+    Attributes:
+      loss: validation loss after the last step.
+      perplexity: its exponential.
+      tokens_per_second: training speed, without compilation, validation and saving.
+      seconds: training time, likewise.
+      optimizer_bytes: size of the optimizer's state.
+    """
+
+    loss: float
+    perplexity: float
+    tokens_per_second: float
+    seconds: float
+    optimizer_bytes: int
+
+
+def run(
+    config: TrainConfig, *, corpus: data.Corpus | None = None, console: Console | None = None
+) -> Result:
+    """Trains, or goes on training, until the last step.
+
+    Args:
+      config: the options.
+      corpus: the data, if it is loaded already.
+      console: where to report.
+
+    Returns:
+      The results, which are also in ``result.json``.
+
+    Raises:
+      UserError: for anything that the person at the terminal can put right.
+    """
+    check(config)
+    corpus = corpus or data.load(config.data)
+    trainer = Trainer(config, corpus, console or Console())
+    with locked(config.folder):
+        if config.overwrite:
+            _clear(config.folder)
+        return trainer.run()
+
+
+def check(config: TrainConfig) -> None:
+    """Finds what is wrong with the options before the data is loaded, which may take long.
+
+    Raises:
+      UserError: at the first value that makes no sense.
+    """
+    config.check()
+    settings = optimizers.resolve(
+        config.optimizer, config.optimization, get_size(config.model.size), config.training.steps
+    )
+    optimizers.build(config.optimizer, settings, config.training)
+
+
+class Trainer:
+    """The parts of one run and their order."""
+
+    def __init__(
+        self, config: TrainConfig, corpus: data.Corpus, console: Console, *, details: bool = True
+    ):
+        """Builds the parts; nothing is computed or written yet.
+
+        Args:
+          config: the options.
+          corpus: the data.
+          console: where to report.
+          details: whether to begin with the memory of every weight.
+        """
+        self.details = details
+        self.config = config
+        self.corpus = corpus
+        self.console = console
+        self.steps = config.training.steps
+        self.size = dataclasses.replace(get_size(config.model.size), vocab_size=corpus.vocab_size)
+        self.batches = data.train_batches(corpus, config.training.batch_size, config.training.seed)
+        self.validation = data.validation_batches(corpus, config.training.batch_size)
+        self.settings = optimizers.resolve(
+            config.optimizer, config.optimization, self.size, self.steps
+        )
+        self.tx = optimizers.build(config.optimizer, self.settings, config.training)
+        self.model = Llama(
+            self.size,
+            dtype=jnp.dtype(config.model.dtype),
+            param_dtype=jnp.dtype(config.model.param_dtype),
+            remat=config.model.remat,
+            attention_backend=config.model.attention_backend,
+        )
+        self.init = trace_init(self.model, self.tx, config.training.seed)
+        self.shapes: TrainState = self.init.out_info
+        self.memory = memory.breakdown(self.shapes.params, self.shapes.opt_state)
+        if "rank" in self.settings and not self.memory.projectors:
+            raise UserError(
+                f"{config.optimizer} with --rank {self.settings['rank']} and --select "
+                f"{self.settings.get('select')} would project nothing; change one of them"
+            )
+        self.evaluate = make_evaluate(self.model, config.model.loss_chunks)
+        self.checkpoints: Checkpoints | None = None
+
+    def run(self) -> Result:
+        """Trains; see `run`."""
+        self._introduce()
+        output = self.config.output
+        if output.checkpoint_every or (self.config.folder / "checkpoints").exists():
+            self.checkpoints = Checkpoints(
+                self.config.folder, self.identity(), keep=output.keep_checkpoints
+            )
+        state, seconds = self._start()
+        start = int(state.step)
+        with closing(
+            MetricsLog(self.config.folder, step=start, tensorboard=output.tensorboard)
+        ) as log:
+            if start < self.steps:
+                state, seconds, evaluation = self._train(state, seconds, log)
+            else:
+                self._say(f"{self.config.folder} is finished: {start} steps. Validating only.")
+                evaluation = self.evaluate(state.params, self.validation)
+        if self.checkpoints is not None:
+            self.checkpoints.close()
+        return self._conclude(state, seconds, evaluation)
+
+    def _introduce(self) -> None:
+        """Prints what is going to run, and where the memory will go."""
+        model = self.config.model
+        self._say(
+            f"LLaMA {model.size}: {count_params(self.size):,} parameters, {model.param_dtype} "
+            f"weights, {model.dtype} compute. Data: {self.corpus.description}"
+        )
+        if self.details:
+            self._say(memory.report(self.config.optimizer, self.tx, self.shapes.params))
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that determines the run's numbers, under the options' names."""
+        config = self.config
+        options = {
+            "optimizer": config.optimizer,
+            **self.settings,
+            **dataclasses.asdict(config.training),
+            **dataclasses.asdict(config.model),
+            **dataclasses.asdict(config.data),
+        }
+        identity = {flag(key): value for key, value in options.items() if key not in _IRRELEVANT}
+        identity["the data"] = f"{self.corpus.description} ({self.corpus.fingerprint})"
+        return json.loads(json.dumps(identity, default=str))
+
+    def _start(self) -> tuple[TrainState, float]:
+        """The state to start from and the seconds behind it; moves the data there."""
+        if self.checkpoints is None or self.checkpoints.latest is None:
+            return self.init.lower().compile()(), 0.0
+        state, progress = self.checkpoints.restore(self.shapes)
+        self.batches.set_state(progress.position)
+        self._say(f"Going on from the checkpoint of step {int(state.step)}.")
+        return state, progress.seconds
+
+    def _train(
+        self, state: TrainState, seconds: float, log: MetricsLog
+    ) -> tuple[TrainState, float, Evaluation]:
+        """The loop. Returns the last state, the seconds behind it and its validation."""
+        start, output = int(state.step), self.config.output
+        self._say("Compiling.")
+        train_step = self._compile(state)
+        display = Display(self.console, steps=self.steps, start=start, bar=output.progress)
+        tokens_per_step = self.config.training.batch_size * self.corpus.sequence_length
+        meter = Meter(log, display, step=start, tokens_per_step=tokens_per_step, seconds=seconds)
+        evaluation = Evaluation(math.nan, 0)
+
+        def due(every: int) -> bool:
+            return step == self.steps or (every > 0 and step % every == 0)
+
+        with closing(Prefetch(self.batches)) as batches, closing(display):
+            meter.run()
+            for step in range(start + 1, self.steps + 1):
+                state, metrics = train_step(step, state, next(batches))
+                meter.add(metrics)
+                if not (due(output.eval_every) or due(output.checkpoint_every)):
+                    if (step - 1) % output.log_every == 0:
+                        meter.report(leave=1)
+                        self._poll_checkpoints()
+                    continue
+                meter.report()
+                if due(output.eval_every):
+                    evaluation = self._validate(step, state, log)
+                    display.say(
+                        f"step {step}: validation loss {evaluation.loss:.4f}, "
+                        f"perplexity {evaluation.perplexity:.2f}"
+                    )
+                if self.checkpoints is not None and due(output.checkpoint_every):
+                    progress = Progress(batches.position, meter.seconds)
+                    self.checkpoints.save(step, state, progress)
+                meter.run()
+        return state, meter.seconds, evaluation
+
+    def _compile(self, state: TrainState) -> Callable[[int, TrainState, Any], Any]:
+        """Compiles the step. The result takes the number of the step, from 1, as well."""
+        training = self.config.training
+        schedule = optimizers.schedule(self.settings["learning_rate"], training)
+        train_step = make_train_step(self.model, self.tx, schedule, self.config.model.loss_chunks)
+        shape = (training.batch_size, self.corpus.sequence_length)
+        batch = {
+            "tokens": jax.ShapeDtypeStruct(shape, jnp.int32),
+            "mask": jax.ShapeDtypeStruct(shape, jnp.bool_),
+        }
+        gap = self.settings["update_proj_gap"] if training.host_refresh else None
+        refreshes = (None,) if gap is None else (True, False)
+        compiled = {r: train_step.lower(state, batch, refresh=r).compile() for r in refreshes}
+
+        def run(step: int, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+            refresh = None if gap is None else (step - 1) % gap == 0
+            return compiled[refresh](state, batch)
+
+        return run
+
+    def _validate(self, step: int, state: TrainState, log: MetricsLog) -> Evaluation:
+        evaluation = self.evaluate(state.params, self.validation)
+        if not math.isfinite(evaluation.loss):
+            raise DivergedError(f"diverged: validation loss {evaluation.loss} after step {step}")
+        log.write(
+            "validation",
+            step,
+            {**evaluation._asdict(), "perplexity": evaluation.perplexity},
+        )
+        log.flush()
+        return evaluation
+
+    def _poll_checkpoints(self) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.poll()
+
+    def _conclude(self, state: TrainState, seconds: float, evaluation: Evaluation) -> Result:
+        """Writes and prints the results."""
+        folder = self.config.folder
+        tokens = self.steps * self.config.training.batch_size * self.corpus.sequence_length
+        result = Result(
+            evaluation.loss,
+            evaluation.perplexity,
+            tokens / seconds,
+            seconds,
+            self.memory.optimizer,
+        )
+        stored = {**result._asdict(), "settings": self.identity()}
+        replace_text(folder / "result.json", json.dumps(stored, indent=2) + "\n")
+        curves = plots.Curves.read(folder / "metrics.jsonl")
+        plots.plot_run(folder / "report.png", curves, self.memory)
+        self._say(
+            f"Validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f} "
+            f"({evaluation.tokens:,} tokens); {result.tokens_per_second:,.0f} tokens/s, "
+            f"{seconds:.0f} s of training. See {folder / 'report.png'}"
+        )
+        return result
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a run's folder; the system lifts the lock when this one ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {folder}") from None
+        yield
+
+
+def _clear(folder: Path) -> None:
+    """Deletes what runs write into their folder, and nothing else."""
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "result.json", "report.png"):
+        (folder / name).unlink(missing_ok=True)

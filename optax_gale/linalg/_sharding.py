@@ -1,0 +1,115 @@
+"""Output shardings for meshes whose axes are Explicit.
+
+On such a mesh sharding is part of an array's type, and JAX asks the caller to decide wherever a
+result could be laid out in several ways. Everything here reads types only, so it costs nothing on
+one device, under Auto axes, or inside ``vmap`` and ``shard_map``.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+_Axes = str | tuple[str, ...] | None
+
+
+def spec_of(x: jax.Array) -> tuple[_Axes, ...]:
+    """Returns the mesh axes of each dimension of ``x`` as its type states them.
+
+    Args:
+        x: any array or tracer.
+
+    Returns:
+        One entry a dimension: None, the name of a mesh axis, or a tuple of names.
+    """
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec + (None,) * (x.ndim - len(spec))
+
+
+def is_sharded(x: jax.Array, axes: Sequence[int]) -> bool:
+    """Returns whether the type of ``x`` shards any of the dimensions ``axes``."""
+    spec = spec_of(x)
+    return any(spec[axis] is not None for axis in axes)
+
+
+def replicate(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """Returns ``x`` with the dimensions ``axes`` unsharded and the others as they were."""
+    if not is_sharded(x, axes):
+        return x
+    spec = list(spec_of(x))
+    for axis in axes:
+        spec[axis] = None
+    return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec)))
+
+
+def per_matrix(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Applies ``f`` to a stack of whole matrices, on each device to those that it holds.
+
+    ``cholesky`` and ``qr`` would do so by themselves, were it not that on an Explicit mesh JAX
+    (0.10 to 0.12) fails to compile their batches when those are sharded.
+
+    Args:
+        f: maps ``(*batch, m, k)`` to an array of the same rank, matrix by matrix.
+        x: an array of which at most the batch axes are sharded.
+
+    Returns:
+        ``f(x)``.
+    """
+    axes = spec_of(x)
+    if not any(axes):
+        return f(x)
+    return jax.shard_map(
+        f,
+        mesh=jax.typeof(x).sharding.mesh,
+        in_specs=PartitionSpec(*axes),
+        out_specs=PartitionSpec(*axes),
+        axis_names=frozenset().union(*map(_names, axes)),
+    )(x)
+
+
+def einsum_sharding(subscripts: str, operands: Sequence[jax.Array]) -> NamedSharding | None:
+    """Returns the sharding of an einsum whose contracted dimensions are summed over devices.
+
+    A dimension of the result is sharded as in the first operand that shards it; a mesh axis that
+    is already taken by an earlier dimension is dropped.
+
+    Args:
+        subscripts: explicit einsum subscripts, with ``->``.
+        operands: the arrays.
+
+    Returns:
+        The sharding to ask for, or None where no operand is sharded by its type.
+    """
+    specs = [spec_of(x) for x in operands]
+    mesh = next(
+        (jax.typeof(x).sharding.mesh for x, s in zip(operands, specs, strict=True) if any(s)), None
+    )
+    if mesh is None:
+        return None
+    inputs, output = subscripts.replace(" ", "").split("->")
+    ellipsis_rank = max(
+        len(s) - len(term.replace("...", ""))
+        for term, s in zip(inputs.split(","), specs, strict=True)
+    )
+    layout: dict[str | int, _Axes] = {}
+    for term, spec in zip(inputs.split(","), specs, strict=True):
+        for label, axes in zip(_labels(term, len(spec)), spec, strict=True):
+            layout[label] = layout.get(label) or axes
+    used: set[str] = set()
+    result: list[_Axes] = []
+    for label in _labels(output, ellipsis_rank + len(output.replace("...", ""))):
+        axes = layout[label]
+        result.append(None if _names(axes) & used else axes)
+        used |= _names(axes)
+    return NamedSharding(mesh, PartitionSpec(*result))
+
+
+def _names(axes: _Axes) -> set[str]:
+    return {axes} if isinstance(axes, str) else set(axes or ())
+
+
+def _labels(term: str, rank: int) -> list[str | int]:
+    """Names the dimensions of one einsum term; those of ``...`` count from the right: -1, -2."""
+    head, dots, tail = term.partition("...")
+    width = rank - len(head) - len(tail) if dots else 0
+    return [*head, *range(-width, 0), *tail]

@@ -1,0 +1,264 @@
+"""Orthonormal bases that approximate the range of a matrix."""
+
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from optax_gale.linalg import _sharding
+from optax_gale.linalg._tall_svd import tall_svd
+from optax_gale.linalg.orthonormalize import (
+    OrthonormalizeMethod,
+    is_finite,
+    normalize_columns,
+    or_identity,
+    orthonormalize,
+)
+from optax_gale.linalg.products import einsum, working_dtype
+from optax_gale.linalg.sketch import SketchKind, make_sketch
+
+
+def range_finder(
+    key: jax.Array,
+    g: jax.Array,
+    rank: int,
+    *,
+    oversampling: int = 0,
+    power_iterations: int = 1,
+    sketch: SketchKind = "gaussian",
+    start: jax.Array | None = None,
+    sample_fraction: float = 1.0,
+    method: OrthonormalizeMethod = "auto",
+) -> jax.Array:
+    r"""Finds an orthonormal ``P`` with ``P Pᵀ G ≈ G``: a randomized range finder.
+
+    With ``k = rank + oversampling`` (at most ``min(m, n)``),
+
+    .. math::
+        Y = G\,\Omega, \quad Q = \operatorname{orth}(Y), \quad
+        \text{then } Q \leftarrow \operatorname{orth}(G \operatorname{orth}(G^\top Q))
+        \text{ for each power iteration,}
+
+    and, if ``k > rank``, Rayleigh-Ritz: ``P = Q V`` with ``V`` the leading left singular vectors of
+    ``QᵀG``. The columns of ``P`` are then ordered by decreasing singular value; without
+    oversampling their order and signs mean nothing. In expectation over a Gaussian ``Ω`` and
+    without power iterations, for ``p = oversampling >= 2`` and ``Q`` before truncation,
+
+    .. math::
+        \mathbb E \lVert G - Q Q^\top G \rVert_F \le
+        \Bigl(1 + \tfrac{r}{p - 1}\Bigr)^{1/2} \Bigl(\sum_{j > r} \sigma_j^2\Bigr)^{1/2}.
+
+    Half-precision ``g`` is never copied to float32: what it is multiplied by is rounded to its
+    dtype instead, and the sums are float32. The rounding disturbs ``P`` no more than that of ``g``.
+    Scale does not matter: entries of 1e-30 and 1e30 are fine in float32 and bfloat16. A matrix that
+    is not finite gets the first columns of the identity, and leaves the rest of its batch alone.
+
+    Args:
+        key: a PRNG key. One ``Ω`` is drawn and shared by all matrices of the batch; ``vmap`` over
+            keys to draw one for each.
+        g: ``(*batch, m, n)``, of any floating dtype.
+        rank: the columns of ``P``, from 1 to ``min(m, n)``.
+        oversampling: extra columns of the sketch, 0 or more. It buys accuracy with an SVD of a
+            matrix of size ``k``.
+        power_iterations: steps of subspace iteration, 0 or more. Each reads ``g`` twice, and raises
+            the ratios of the singular values to a power higher by 2.
+        sketch: the distribution of ``Ω``, ``"gaussian"`` or ``"rademacher"``.
+        start: an old basis ``(*batch, m, r0)`` with ``r0 <= k``, for a warm start: the first ``r0``
+            columns of ``Y`` are ``G (Gᵀ start)``, and the others come from a fresh sketch.
+        sample_fraction: the fraction of the columns of ``g`` that the sketch reads, in (0, 1]. At
+            least ``k`` are drawn, without replacement, and shared by the batch. ``start`` and power
+            iterations read all of ``g`` in any case. Where Explicit mesh axes shard ``n``, all of
+            ``g`` is read here too, against an ``Ω`` whose other rows are zero; where Auto axes do,
+            the columns that are drawn travel between devices.
+        method: how to orthonormalise; see `orthonormalize`.
+
+    Returns:
+        ``P (*batch, m, rank)``, in float32 or, if ``g`` is float64, in float64.
+
+    Raises:
+        TypeError: ``g`` or ``start`` is not a floating-point array.
+        ValueError: an argument is out of range; the message names it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from optax_gale.linalg import captured_energy, range_finder
+        >>> g = jnp.outer(jnp.arange(1.0, 9.0), jnp.arange(1.0, 6.0))
+        >>> p = range_finder(jax.random.key(0), g, rank=1)
+        >>> p.shape, round(float(captured_energy(p, g)), 5)
+        ((8, 1), 1.0)
+
+    References:
+        Halko, Martinsson, Tropp, `Finding structure with randomness
+        <https://arxiv.org/abs/0909.4061>`_, 2011, Algorithms 4.1, 4.4 and Theorem 10.5.
+    """
+    g = check_matrices(g, rank)
+    m, n = g.shape[-2:]
+    if oversampling < 0:
+        raise ValueError(f"oversampling must be 0 or more; got {oversampling}.")
+    if power_iterations < 0:
+        raise ValueError(f"power_iterations must be 0 or more; got {power_iterations}.")
+    if not 0 < sample_fraction <= 1:
+        raise ValueError(f"sample_fraction must be in (0, 1]; got {sample_fraction}.")
+    width = min(rank + oversampling, m, n)
+    if start is not None:
+        start = jnp.asarray(start)
+        if not jnp.issubdtype(start.dtype, jnp.floating):
+            raise TypeError(f"start must be a floating-point array; got {start.dtype}.")
+        if start.shape[:-1] != g.shape[:-1] or start.shape[-1] > width:
+            raise ValueError(
+                f"start must be (*batch, m, r0) = {(*g.shape[:-1], 'r0')} with "
+                f"r0 <= min(rank + oversampling, m, n) = {width}; got shape {start.shape}."
+            )
+    # Rounded first, so that 0.1 * 30 = 3.0000000000000004 makes 3 columns.
+    samples = max(math.ceil(round(sample_fraction * n, 6)), width)
+    return _range_finder(key, g, start, rank, width, samples, power_iterations, sketch, method)
+
+
+@functools.partial(jax.jit, static_argnums=range(3, 9))
+def _range_finder(
+    key: jax.Array,
+    g: jax.Array,
+    start: jax.Array | None,
+    rank: int,
+    width: int,
+    samples: int,
+    power_iterations: int,
+    sketch: SketchKind,
+    method: OrthonormalizeMethod,
+) -> jax.Array:
+    parts = []
+    missing = width
+    if start is not None:
+        # Unit columns: the product with G cannot overflow, and old singular vectors stay
+        # well-conditioned however fast their singular values decay.
+        z, _ = normalize_columns(_transposed_times(g, start))
+        parts.append(_times(g, z))
+        missing -= start.shape[-1]
+    if missing:
+        parts.append(_sketched(key, g, missing, samples, sketch))
+    q = orthonormalize(jnp.concatenate(parts, axis=-1), method)
+    for _ in range(power_iterations):
+        z = orthonormalize(_transposed_times(g, q), method)
+        q = orthonormalize(_times(g, z), method)
+    if width > rank:
+        _, _, vh = tall_svd(_transposed_times(g, q))
+        q = einsum("...mk,...rk->...mr", q, vh[..., :rank, :])
+    return q
+
+
+def _sketched(
+    key: jax.Array, g: jax.Array, width: int, samples: int, kind: SketchKind
+) -> jax.Array:
+    n = g.shape[-1]
+    key_sketch, key_columns = jax.random.split(key)
+    omega = make_sketch(kind, key_sketch, (samples, width), _factor_dtype(g))
+    if samples < n:
+        columns = jax.random.choice(key_columns, n, (samples,), replace=False)
+        if _sharding.is_sharded(g, [-1]):
+            omega = jnp.zeros((n, width), omega.dtype).at[columns].set(omega)
+        else:
+            g = jnp.take(g, columns, axis=-1)
+    return einsum("...mn,nk->...mk", g, omega)
+
+
+def _factor_dtype(g: jax.Array) -> jnp.dtype:
+    """The dtype in which ``g`` can be multiplied without being copied."""
+    return g.dtype if g.dtype.itemsize == 2 else working_dtype(g)
+
+
+def _times(g: jax.Array, x: jax.Array) -> jax.Array:
+    return einsum("...mn,...nk->...mk", g, x.astype(_factor_dtype(g)))
+
+
+def _transposed_times(g: jax.Array, x: jax.Array) -> jax.Array:
+    return einsum("...mn,...mk->...nk", g, x.astype(_factor_dtype(g)))
+
+
+def svd_range(g: jax.Array, rank: int, side: Literal["left", "right"] = "left") -> jax.Array:
+    r"""Takes the leading singular vectors of ``G = U Σ Vᵀ``, GaLore's projector.
+
+    Exactly the first columns of the factors of ``jnp.linalg.svd(g, full_matrices=False)``, signs
+    included. On a mesh with Explicit axes every device gathers whole matrices for it, and on a GPU
+    it is slower than `range_finder` by orders of magnitude.
+
+    Args:
+        g: ``(*batch, m, n)``, of any floating dtype; decomposed in float32 (float64 if it is that).
+        rank: the number of vectors, from 1 to ``min(m, n)``.
+        side: ``"left"`` for columns of ``U``, ``"right"`` for columns of ``V``.
+
+    Returns:
+        ``(*batch, m, rank)`` for the left side, ``(*batch, n, rank)`` for the right one. A matrix
+        that is not finite gets the first columns of the identity.
+
+    Raises:
+        TypeError: ``g`` is not a floating-point array.
+        ValueError: ``rank`` or ``side`` is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from optax_gale.linalg import svd_range
+        >>> abs(svd_range(jnp.diag(jnp.array([1.0, 3.0, 2.0])), rank=1)).ravel().tolist()
+        [0.0, 1.0, 0.0]
+
+    References:
+        Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2.
+    """
+    g = check_matrices(g, rank)
+    if side not in ("left", "right"):
+        raise ValueError(f"side must be 'left' or 'right'; got {side!r}.")
+    return _svd_range(g, rank, side)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _svd_range(g: jax.Array, rank: int, side: str) -> jax.Array:
+    g = _sharding.replicate(g.astype(working_dtype(g)), [-2, -1])
+    usable = is_finite(g)
+    u, _, vh = jnp.linalg.svd(or_identity(g, usable), full_matrices=False)  # Inf hangs LAPACK
+    p = u[..., :rank] if side == "left" else jnp.swapaxes(vh[..., :rank, :], -2, -1)
+    return or_identity(p, usable)
+
+
+def random_range(key: jax.Array, m: int, rank: int, batch_shape: tuple[int, ...] = ()) -> jax.Array:
+    r"""Draws subspaces uniformly at random: orthonormalised Gaussian matrices.
+
+    Args:
+        key: a PRNG key.
+        m: the dimension of the space.
+        rank: the dimension of the subspaces, from 1 to ``m``.
+        batch_shape: how many to draw, independently of each other.
+
+    Returns:
+        ``(*batch_shape, m, rank)`` in float32.
+
+    Raises:
+        ValueError: ``rank`` is out of range.
+
+    Example:
+        >>> import jax
+        >>> from optax_gale.linalg import random_range
+        >>> random_range(jax.random.key(0), 16, 4, (2,)).shape
+        (2, 16, 4)
+
+    References:
+        Hao, Cao, Mou, `Flora <https://arxiv.org/abs/2402.03293>`_, 2024.
+    """
+    if not 1 <= rank <= m:
+        raise ValueError(f"rank must be from 1 to m = {m}; got {rank}.")
+    return orthonormalize(make_sketch("gaussian", key, (*batch_shape, m, rank)))
+
+
+def check_matrices(g: jax.Array, rank: int) -> jax.Array:
+    """Returns ``g`` as an array, or raises if it has no ``rank`` singular triplets to find."""
+    g = jnp.asarray(g)
+    if not jnp.issubdtype(g.dtype, jnp.floating):
+        raise TypeError(f"g must be a floating-point array; got {g.dtype}.")
+    if g.ndim < 2:
+        raise ValueError(f"g must be (*batch, m, n); got shape {g.shape}.")
+    if not 1 <= rank <= min(g.shape[-2:]):
+        raise ValueError(
+            f"rank must be from 1 to min(m, n) = {min(g.shape[-2:])} for g of shape {g.shape}; "
+            f"got {rank}."
+        )
+    return g

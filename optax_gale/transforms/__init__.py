@@ -1,0 +1,43 @@
+"""GALE as Optax gradient transformations."""
+
+from optax_gale.transforms.aliases import (
+    gale_adafactor,
+    gale_adamw,
+    gale_lion,
+    gale_muon,
+    gale_sgd,
+)
+from optax_gale.transforms.matrices import GaleDimensionNumbers
+from optax_gale.transforms.memory import LeafMemory, MemoryReport, memory_report
+from optax_gale.transforms.moments import Rotate
+from optax_gale.transforms.muon import (
+    ScaleByOrthogonalizedMomentumState,
+    scale_by_orthogonalized_momentum,
+)
+from optax_gale.transforms.partition_specs import state_partition_specs
+from optax_gale.transforms.project import GaleProjectWarning, chain, gale_project
+from optax_gale.transforms.range_finders import RangeFinder, Sketch
+from optax_gale.transforms.wrapper import GaleState, gale
+
+__all__ = [
+    "GaleDimensionNumbers",
+    "GaleProjectWarning",
+    "GaleState",
+    "LeafMemory",
+    "MemoryReport",
+    "RangeFinder",
+    "Rotate",
+    "ScaleByOrthogonalizedMomentumState",
+    "Sketch",
+    "chain",
+    "gale",
+    "gale_adafactor",
+    "gale_adamw",
+    "gale_lion",
+    "gale_muon",
+    "gale_project",
+    "gale_sgd",
+    "memory_report",
+    "scale_by_orthogonalized_momentum",
+    "state_partition_specs",
+]

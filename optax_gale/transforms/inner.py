@@ -1,0 +1,219 @@
+"""What the wrapper must know of its inner, found by running it.
+
+An Optax transformation is a pair of functions: it cannot be asked whether it decays the weights or
+which way its updates point, but it can be run, on a small problem of the same tree structure, and
+differentiated.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_gale.transforms import shardings
+
+_REMEDY = (
+    "Put it outside the wrapper instead (for example schedule_free(gale(...)), or "
+    "optax_gale.chain(gale_project(...), scale_by_adam(), ...) without it), or use an inner whose "
+    "update depends on the parameters only through decoupled weight decay."
+)
+
+
+def decayed_update(
+    inner: optax.GradientTransformationExtraArgs,
+    grads: Any,
+    inner_state: Any,
+    params: Any,
+    projected: Sequence[bool],
+    extra_args: dict[str, Any],
+) -> tuple[Any, Any, list[jax.Array | None]]:
+    """Runs the inner, and separates the weight decay from its update.
+
+    The update of a projected leaf is affine in its parameter, ``U(p) = U(0) + c p``, with a scalar
+    c (``-lr * weight_decay``, or 0 where a mask says so). U(0) is the update that belongs to the
+    subspace; c is the derivative with respect to the parameter along ones, and applies to the
+    whole weight. Compilers fold it to the scalar that it is.
+
+    Args:
+      inner: the inner.
+      grads: its gradients, projected leaves in their subspace.
+      inner_state: its state.
+      params: its parameters; the values of projected leaves do not matter.
+      projected: which leaves are projected.
+      extra_args: what else the inner's update takes.
+
+    Returns:
+      U(0) as a tree like ``grads``, the new state, and c for every leaf, float32; None for
+      leaves that are not projected.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    zeros = [
+        jnp.zeros_like(x) for x, is_projected in zip(leaves, projected, strict=True) if is_projected
+    ]
+
+    def run(subspace_params):
+        values = iter(subspace_params)
+        merged = [next(values) if p else x for x, p in zip(leaves, projected, strict=True)]
+        updates, state = inner.update(
+            grads, inner_state, jax.tree.unflatten(treedef, merged), **extra_args
+        )
+        return updates, state
+
+    updates, tangents, new_state = jax.jvp(
+        run, (zeros,), ([jnp.ones_like(z) for z in zeros],), has_aux=True
+    )
+    coefficients = [
+        shardings.first_element(c).astype(jnp.float32) if is_projected else None
+        for c, is_projected in zip(jax.tree.leaves(tangents), projected, strict=True)
+    ]
+    return updates, new_state, coefficients
+
+
+def examine(inner: optax.GradientTransformationExtraArgs, tree: Any, projected: Sequence[bool]):
+    """Checks that the inner works in a subspace, on a problem of a few numbers.
+
+    Nothing is checked while the inner's hyperparameters are traced (``optax.inject_hyperparams``
+    under ``jax.jit``).
+
+    Args:
+      inner: the inner.
+      tree: the parameters as the inner sees them; only structure and number of axes matter.
+      projected: which leaves are projected.
+
+    Raises:
+      ValueError: if the inner keeps a copy of the parameters, or its update of a projected leaf
+        depends on the parameter otherwise than through ``U(p) = U(0) + c p``.
+    """
+    if not any(projected):
+        return
+    try:
+        with jax.ensure_compile_time_eval():
+            _examine(inner, tree, projected)
+    except jax.errors.JAXTypeError:  # a traced hyperparameter: nothing concrete to look at
+        return
+
+
+def _examine(inner, tree, projected) -> None:
+    random = np.random.default_rng(0)
+    zeros = _small(tree, projected, np.zeros)
+    sample = lambda: _small(tree, projected, lambda shape: random.normal(size=shape))
+    state = inner.init(zeros)
+    names = ", ".join(sorted(_state_names(state))) or "no named state"
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(inner.init(sample())), strict=True):
+        if jnp.issubdtype(jnp.asarray(a).dtype, jnp.floating) and not jnp.array_equal(a, b):
+            raise ValueError(
+                f"The inner ({names}) keeps a copy of the parameters' values in its state, which a "
+                f"subspace does not have. {_REMEDY}"
+            )
+    for steps in (0, 1000):
+        at = _advance(state, steps)
+        for _ in range(2):
+            grads, params = sample(), sample()
+            update = lambda p, at=at, grads=grads: _attempt(inner, names, grads, at, p)
+            base, offset = update(_replace(params, zeros, projected))[0], update(params)[0]
+            slope = update(_replace(params, _small(tree, projected, np.ones), projected))[0]
+            for u0, u, u1, p, is_projected in zip(
+                *(jax.tree.leaves(t) for t in (base, offset, slope, params)), projected, strict=True
+            ):
+                if not is_projected:
+                    continue
+                u0, u, u1, p = (np.asarray(x, np.float64) for x in (u0, u, u1, p))
+                c = (u1 - u0).reshape(-1)[:1]
+                error = np.abs(u - (u0 + c * p)).max()
+                if not error <= 1e-4 * (np.abs(u0) + np.abs(c * p)).max() + 1e-30:
+                    raise ValueError(
+                        f"The inner ({names}) uses the parameters otherwise than for decoupled "
+                        f"weight decay, and in a subspace there are none to use. {_REMEDY}"
+                    )
+            at = update(params)[1]
+
+
+def _attempt(inner, names, grads, state, params):
+    try:
+        return inner.update(grads, state, params, value=jnp.ones(()))
+    except jax.errors.JAXTypeError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"The inner ({names}) does not run on subspaces alone: {error}. Functions of the whole "
+            "parameters (line searches, Hessians) do not fit a subspace; put such a transformation "
+            "outside the wrapper."
+        ) from error
+
+
+def direction(
+    inner: optax.GradientTransformationExtraArgs, tree: Any, projected: Sequence[bool]
+) -> jax.Array | float:
+    """The sign of the inner's update along a gradient: -1 for an optimizer, +1 for a `scale_by_*`.
+
+    It is that of the first step that moves at all: a learning rate may rise from zero, and an
+    accumulation moves once in a while. An inner that never moves has 0.
+    """
+    try:
+        with jax.ensure_compile_time_eval():
+            return float(_direction(inner, tree, projected, 1024))
+    except jax.errors.JAXTypeError:  # a traced hyperparameter
+        return _direction(inner, tree, projected, 64)
+
+
+def _direction(inner, tree, projected, steps: int) -> jax.Array:
+    ones = _small(tree, projected, np.ones)
+    zeros = _small(tree, projected, np.zeros)
+
+    def sign(count):
+        state = _advance(inner.init(zeros), count)
+        updates = inner.update(ones, state, zeros, value=jnp.ones(()))[0]
+        of_projected = zip(jax.tree.leaves(updates), projected, strict=True)
+        return jnp.sign(sum(jnp.sum(u) for u, p in of_projected if p))
+
+    signs = jax.vmap(sign)(jnp.arange(steps, dtype=jnp.int32))
+    return signs[jnp.argmax(signs != 0)]
+
+
+def _small(tree: Any, projected: Sequence[bool], make: Callable[[tuple[int, ...]], Any]) -> Any:
+    """A tree of the same structure and dtypes with a few numbers a leaf."""
+    leaves, treedef = jax.tree.flatten(tree)
+    shapes = [
+        (1,) * (len(x.shape) - 2) + (2, 3) if p else (1,) * len(x.shape)
+        for x, p in zip(leaves, projected, strict=True)
+    ]
+    arrays = [
+        jnp.asarray(make(s), jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
+        for s, x in zip(shapes, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, arrays)
+
+
+def _replace(tree: Any, other: Any, which: Sequence[bool]) -> Any:
+    leaves, treedef = jax.tree.flatten(tree)
+    merged = [o if w else x for x, o, w in zip(leaves, jax.tree.leaves(other), which, strict=True)]
+    return jax.tree.unflatten(treedef, merged)
+
+
+def _advance(state: Any, steps: int) -> Any:
+    """The state with its step counters moved on, so that schedules are past their warm-up."""
+    is_counter = lambda x: jnp.ndim(x) == 0 and jnp.issubdtype(jnp.asarray(x).dtype, jnp.integer)
+    return jax.tree.map(lambda x: x + steps if is_counter(x) else x, state)
+
+
+def _state_names(state: Any) -> set[str]:
+    """Class names of the named tuples in a state: what a person knows an inner by."""
+    names: set[str] = set()
+
+    def visit(x):
+        if isinstance(x, tuple) and hasattr(x, "_fields"):
+            names.add(type(x).__name__)
+            for child in x:
+                visit(child)
+        elif isinstance(x, (tuple, list)):
+            for child in x:
+                visit(child)
+        elif isinstance(x, dict):
+            for child in x.values():
+                visit(child)
+
+    visit(state)
+    return names - {"MaskedNode", "EmptyState"}

@@ -1,0 +1,280 @@
+"""Carrying the inner optimizer's moments from one subspace to the next.
+
+A moment is found in the inner's state by its place and its name: it belongs to a projected leaf, it
+has the shape of the projected gradient R, and the field that holds it says whether it is linear in
+the gradients (a first moment) or quadratic (a second moment).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_gale import linalg
+from optax_gale.transforms import trees
+from optax_gale.transforms.matrices import Projection
+
+MomentKind = Literal["first", "second", "keep"]
+
+# Fields of the states of Optax's transformations that hold an array a parameter.
+_FIELDS: Mapping[str, MomentKind] = {
+    "mu": "first",  # adam, lion, muon, adabelief, yogi, centred rmsprop
+    "trace": "first",  # sgd with momentum
+    "m": "first",  # adan
+    "v": "first",  # adan: average of gradient differences (adafactor's `v`: see `_kind`)
+    "g": "first",  # adan: the last gradient
+    "m1": "first",  # ademamix
+    "m2": "first",  # ademamix
+    "acc_grads": "first",  # MultiSteps
+    "grad_acc": "first",  # apply_every
+    "ema": "first",  # ema
+    "exp_avg": "first",  # dadapt_adamw, momo_adam
+    "grad_sum": "first",  # dadapt_adamw
+    "previous_gradient": "first",  # optimistic_gradient_descent
+    "prev_updates": "first",  # rprop
+    "nu": "second",  # adam, rmsprop
+    "nu_max": "second",  # amsgrad
+    "n": "second",  # adan
+    "sum_of_squares": "second",  # adagrad
+    "exp_avg_sq": "second",  # dadapt_adamw, momo_adam
+    "e_g": "second",  # adadelta
+    "e_x": "second",  # adadelta
+    "v_row": "second",  # adafactor
+    "v_col": "second",  # adafactor
+    "step_sizes": "keep",  # rprop
+}
+
+
+@dataclass(frozen=True)
+class Rotate:
+    r"""Rotates the moments into the new basis; ``moments="rotate"`` with more fields known.
+
+    With ``Q = P_new^T P_old``, a first moment becomes ``Q M``. A second moment whose state also
+    holds a first one becomes, in terms of their bias-corrected values,
+    ``|Q^2 (V - M^2) + (Q M)^2|`` (squares elementwise): the mean is rotated exactly, and the
+    variance as that of uncorrelated components. A second moment alone becomes ``Q^2 V``.
+
+    Attributes:
+      fields: kind (``"first"``, ``"second"`` or ``"keep"``) of state fields that Optax's own
+        transformations do not have.
+
+    References:
+      Robert et al., `LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics
+      <https://arxiv.org/abs/2410.16103>`_, 2024, Algorithm 1.
+    """
+
+    fields: Mapping[str, MomentKind] = field(default_factory=dict)
+
+
+Moments = Literal["keep", "rotate", "reset"] | Rotate
+
+
+def check(moments: Any) -> None:
+    """Raises ValueError unless ``moments`` is one of the option's values."""
+    if not isinstance(moments, Rotate) and moments not in ("keep", "rotate", "reset"):
+        raise ValueError(
+            f"`moments` must be 'keep', 'rotate', 'reset' or a `Rotate`, got {moments!r}."
+        )
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One array of the inner's state that lives in the subspace of one leaf.
+
+    Attributes:
+      index: position among the leaves of the inner's state.
+      leaf: position of the parameter among the parameters' leaves.
+      node: path of the state whose field this is; moments of one node belong together.
+      kind: how it depends on the gradients.
+      rank_axis: the axis that counts subspace directions (negative); None if it was averaged away.
+      full: whether it has the shape of R.
+    """
+
+    index: int
+    leaf: int
+    node: tuple[Any, ...]
+    kind: MomentKind
+    rank_axis: int | None
+    full: bool
+
+
+def find(
+    inner_state: Any,
+    leaf_paths: Sequence[tuple[Any, ...]],
+    projections: Sequence[Projection | None],
+    moments: Moments,
+) -> list[Moment]:
+    """Finds the arrays of the inner's state that must follow the subspace.
+
+    Args:
+      inner_state: the inner's state, arrays or shapes.
+      leaf_paths: key path of every parameter leaf.
+      projections: how every leaf is projected.
+      moments: what is done to them.
+
+    Returns:
+      The moments.
+
+    Raises:
+      ValueError: if they are rotated, and an array with the subspace's shape is in a field that is
+        not known; or if a factored moment has averaged over the matrices of a stack.
+    """
+    if moments == "keep":
+        return []
+    extra = moments.fields if isinstance(moments, Rotate) else {}
+    deepest_first = sorted(enumerate(leaf_paths), key=lambda item: -len(item[1]))
+    arrays = jax.tree_util.tree_flatten_with_path(inner_state, is_leaf=trees.is_box)[0]
+    found = []
+    for index, (path, boxed) in enumerate(arrays):
+        match = next(
+            ((i, path[: len(path) - len(p)]) for i, p in deepest_first if trees.endswith(path, p)),
+            None,
+        )
+        projection = None if match is None else projections[match[0]]
+        if match is None or projection is None:
+            continue
+        leaf, owner = match
+        shape = jnp.shape(trees.unbox(boxed))
+        name, node = _last_key(owner), owner[:-1]
+        siblings = {_last_key(p[: len(node) + 1]) for p, _ in arrays if p[: len(node)] == node}
+        kind = _kind(name, siblings, extra)
+        is_full = shape == projection.subspace_shape
+        if is_full and kind is None and moments != "reset":
+            raise ValueError(
+                f"The inner's state{jax.tree_util.keystr(path)} has the subspace's shape {shape}, "
+                f"but `moments` does not know how the field '{name}' depends on the gradients. "
+                f"Say it with moments=optax_gale.Rotate({{'{name}': 'first'}}) (or 'second', or "
+                "'keep'), or use moments='keep'."
+            )
+        if is_full:
+            found.append(Moment(index, leaf, node, kind or "keep", projection.rank_axis, full=True))
+        elif name in ("v_row", "v_col") and shape == _without(
+            projection, _averaged(name, projection)
+        ):
+            axis = _factored_rank_axis(name, path, shape, projection)
+            found.append(Moment(index, leaf, node, "second", axis, full=False))
+    return found
+
+
+def _last_key(path: tuple[Any, ...]) -> str:
+    if not path:
+        return ""
+    key = path[-1]
+    return str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))))
+
+
+def _kind(name: str, siblings: set[str], extra: Mapping[str, MomentKind]) -> MomentKind | None:
+    if name in extra:
+        return extra[name]
+    if name == "v" and "v_row" in siblings:
+        return "second"
+    return _FIELDS.get(name)
+
+
+def _averaged(name: str, projection: Projection) -> int:
+    """The axis of R that Adafactor averages away: of the two longest, the longer for the rows."""
+    shorter, longer = np.argsort(projection.subspace_shape)[-2:]
+    return int(longer if name == "v_row" else shorter)
+
+
+def _without(projection: Projection, axis: int) -> tuple[int, ...]:
+    return projection.subspace_shape[:axis] + projection.subspace_shape[axis + 1 :]
+
+
+def _factored_rank_axis(
+    name: str, path: tuple[Any, ...], shape: tuple[int, ...], projection: Projection
+) -> int | None:
+    """Where a factored second moment keeps the rank axis; None if it was averaged away."""
+    ndim = len(projection.subspace_shape)
+    averaged, rank_axis = _averaged(name, projection), projection.rank_axis % ndim
+    if averaged < ndim - 2:
+        raise ValueError(
+            f"The inner's state{jax.tree_util.keystr(path)} has shape {shape}: of the subspace's "
+            f"axes {projection.subspace_shape}, axis {averaged}, which counts matrices, is among "
+            "the two longest and was averaged away, so that no matrix's own moments are left to "
+            "rotate or reset. Use moments='keep', or a `min_dim_size_to_factor` above "
+            f"{projection.subspace_shape[averaged]}."
+        )
+    if averaged == rank_axis:
+        return None
+    return (rank_axis - 1 if averaged < rank_axis else rank_axis) - len(shape)
+
+
+def carry(
+    moments: Moments,
+    found: Sequence[Moment],
+    values: Sequence[jax.Array],
+    bases: Mapping[int, tuple[jax.Array, jax.Array, jax.Array]],
+    decays: Callable[[], Sequence[jax.Array]],
+    count: jax.Array,
+) -> list[jax.Array]:
+    """Carries moments over a refresh.
+
+    Args:
+      moments: the option.
+      found: the moments.
+      values: their arrays (of the matrices that are refreshed).
+      bases: for every refreshed leaf its old and new projectors ``(*batch, d, r)``, and whether
+        each matrix took its new one ``(*batch,)``.
+      decays: gives the decay rate of every moment's running average.
+      count: steps averaged so far, int32.
+
+    Returns:
+      The moments in the new bases, dtypes unchanged; those of other leaves as they are.
+    """
+    touched = [k for k, moment in enumerate(found) if moment.leaf in bases]
+    out = list(values)
+    if moments == "reset":
+        for k in touched:
+            accepted = bases[found[k].leaf][2]
+            accepted = accepted.reshape(accepted.shape + (1,) * (values[k].ndim - accepted.ndim))
+            out[k] = jnp.where(accepted, jnp.zeros_like(values[k]), values[k])
+        return out
+    if not touched:
+        return out
+    rates = decays()
+    for k in touched:
+        moment, value = found[k], values[k].astype(jnp.float32)
+        if moment.kind == "keep" or moment.rank_axis is None:
+            continue
+        old, new, _ = bases[moment.leaf]
+        q = linalg.einsum("...dr,...ds->...rs", new, old)
+        if moment.kind == "first":
+            carried = _apply(q, value, moment.rank_axis)
+        else:
+            carried = _apply(q * q, value, moment.rank_axis)
+            partner = _partner(found, moment)
+            if partner is not None:
+                mean = values[partner].astype(jnp.float32)
+                # Of bias-corrected moments V/c2 and M/c1, times c2 again:
+                # Q^2 V + c2 ((Q M/c1)^2 - Q^2 (M/c1)^2).
+                c1, c2 = (1.0 - rates[i] ** count for i in (partner, k))
+                mean = jnp.where(c1 > 0, mean / jnp.where(c1 > 0, c1, 1.0), 0.0)
+                spread = _apply(q, mean, moment.rank_axis) ** 2
+                spread = spread - _apply(q * q, mean * mean, moment.rank_axis)
+                carried = jnp.abs(carried + c2 * spread)
+        out[k] = carried.astype(values[k].dtype)
+    return out
+
+
+def _apply(q: jax.Array, value: jax.Array, rank_axis: int) -> jax.Array:
+    """Multiplies ``q`` (*batch, r, r) into the rank axis of ``value``."""
+    if value.ndim == q.ndim - 1:
+        return linalg.einsum("...rs,...s->...r", q, value)
+    if rank_axis == -2:
+        return linalg.einsum("...rs,...sn->...rn", q, value)
+    return linalg.einsum("...rs,...ms->...mr", q, value)
+
+
+def _partner(found: Sequence[Moment], second: Moment) -> int | None:
+    """The first moment that a second moment's state holds beside it, if there is just one."""
+    firsts = [
+        k
+        for k, moment in enumerate(found)
+        if (moment.leaf, moment.node, moment.kind) == (second.leaf, second.node, "first")
+        and moment.full
+    ]
+    return firsts[0] if len(firsts) == 1 and second.full else None

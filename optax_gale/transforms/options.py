@@ -1,0 +1,74 @@
+"""The options of the projection, checked as far as they can be without parameters."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_gale.transforms import moments as moments_lib
+from optax_gale.transforms import range_finders, refresh, selection
+from optax_gale.transforms.matrices import MatrixView
+from optax_gale.transforms.moments import Moments
+from optax_gale.transforms.range_finders import RangeFinder, RangeFinderName
+from optax_gale.transforms.refresh import RefreshSchedule
+from optax_gale.transforms.residual import Residual
+from optax_gale.transforms.selection import Select, Side
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `gale`, `gale_project` and the aliases have in common; documented at `gale`.
+
+    ``shape_scale`` is for optimizers whose step depends on the shape of the whole matrix, which
+    their inner does not see.
+    """
+
+    rank: Any = 128
+    update_proj_gap: Any = 200
+    scale: Any = 1.0
+    side: Side = "long"
+    range_finder: RangeFinderName | RangeFinder = "gale"
+    moments: Moments = "rotate"
+    residual: Residual = None
+    refresh_schedule: RefreshSchedule = "together"
+    select: Select = None
+    weight_dimension_numbers: Any = None
+    state_dtype: Any = None
+    projector_dtype: Any = "float32"
+    seed: Any = 0
+    shape_scale: Callable[[MatrixView], float] | None = None
+
+    def __post_init__(self):
+        """Raises ValueError or TypeError on a bad option."""
+        if isinstance(self.rank, (int, float, str)):
+            selection.check_rank(self.rank)
+        if isinstance(self.update_proj_gap, (int, float, str)):
+            refresh.check_gap(self.update_proj_gap)
+        _check_one_of("side", self.side, ("short", "long"))
+        _check_one_of("residual", self.residual, (None, "fira"))
+        _check_one_of("refresh_schedule", self.refresh_schedule, ("together", "staggered"))
+        moments_lib.check(self.moments)
+        range_finders.resolve(self.range_finder)
+        for name in ("state_dtype", "projector_dtype"):
+            dtype = getattr(self, name)
+            if dtype is None and name == "state_dtype":
+                continue
+            if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+                raise ValueError(f"`{name}` must be a floating type, got {dtype}.")
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], **others: Any) -> "Options":
+        """Picks the options out of a function's arguments."""
+        names = {option.name for option in fields(cls)}
+        return cls(**{k: v for k, v in arguments.items() if k in names}, **others)
+
+    def key(self) -> jax.Array:
+        """The key that every random choice derives from."""
+        return jax.random.key(self.seed, impl="threefry2x32")
+
+
+def _check_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")

@@ -1,0 +1,144 @@
+"""The projection as a stage of a chain."""
+
+import warnings
+from typing import Any
+
+import optax
+
+from optax_gale.transforms.moments import Moments
+from optax_gale.transforms.options import Options
+from optax_gale.transforms.range_finders import RangeFinder, RangeFinderName
+from optax_gale.transforms.refresh import RefreshSchedule
+from optax_gale.transforms.residual import Residual
+from optax_gale.transforms.selection import Select, Side
+from optax_gale.transforms.wrapper import wrap
+
+
+class GaleProjectWarning(UserWarning):
+    """`gale_project` was used where it cannot shrink its neighbours' states."""
+
+
+class _ProjectStage(optax.GradientTransformationExtraArgs):
+    """A stage that `chain` recognises; a plain transformation to everybody else."""
+
+    options: Options
+
+
+def gale_project(
+    rank: Any = 128,
+    *,
+    update_proj_gap: Any = 200,
+    scale: Any = 1.0,
+    side: Side = "long",
+    range_finder: RangeFinderName | RangeFinder = "gale",
+    moments: Moments = "rotate",
+    residual: Residual = None,
+    refresh_schedule: RefreshSchedule = "together",
+    select: Select = None,
+    weight_dimension_numbers: Any = None,
+    state_dtype: Any = None,
+    projector_dtype: Any = "float32",
+    seed: Any = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Projects gradients into low-rank subspaces, for the stages that follow it.
+
+    In ``optax_gale.chain`` the stages after it run in the subspace, with moments of rank r:
+    ``chain(gale_project(rank), *inner)`` is ``gale(chain(*inner), rank)``.
+
+    ``optax.chain`` builds every stage's state from the full-size parameters, so no stage can shrink
+    its neighbour's. There this stage returns ``P P^T G``, at the parameter's shape: training works,
+    moments are full size, and a `GaleProjectWarning` says so once.
+
+    Args:
+      rank: see `gale`, as all the options.
+      update_proj_gap: steps between refreshes.
+      scale: factor of the projected update.
+      side: which side of a matrix is projected.
+      range_finder: how a gradient becomes a projector.
+      moments: what a refresh does to the following stages' moments.
+      residual: what becomes of the gradient outside the subspace.
+      refresh_schedule: how refreshes are spread over the gap.
+      select: which leaves are projected.
+      weight_dimension_numbers: which axes make a weight's rows and columns.
+      state_dtype: dtype in which the following stages run.
+      projector_dtype: dtype in which projectors are stored.
+      seed: seed of every random number.
+
+    Returns:
+      The stage.
+
+    Raises:
+      TypeError: if an option has the wrong type.
+      ValueError: if an option is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_gale
+      >>> tx = optax_gale.chain(
+      ...     optax.clip_by_global_norm(1.0),
+      ...     optax_gale.gale_project(rank=8),
+      ...     optax.adamw(1e-3),
+      ... )
+      >>> state = tx.init({"kernel": jnp.ones((256, 64))})
+      >>> state[1].inner_state[0][0].mu["kernel"].shape
+      (256, 8)
+    """
+    options = Options.of(locals())
+    alone = wrap(optax.identity(), options)
+    warned = False
+
+    def init(params: optax.Params) -> optax.OptState:
+        nonlocal warned
+        if not warned:
+            warned = True
+            warnings.warn(
+                "gale_project() inside optax.chain returns P P^T G at the parameters' full size, "
+                "so the moments of the stages after it are full size too and no memory is saved. "
+                "Write optax_gale.chain(...) instead of optax.chain(...): same arguments, moments "
+                "of rank r.",
+                GaleProjectWarning,
+                stacklevel=2,
+            )
+        return alone.init(params)
+
+    stage = _ProjectStage(init, alone.update)
+    stage.options = options
+    return stage
+
+
+def chain(*args: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """``optax.chain``, in which the stages after `gale_project` run in the subspace.
+
+    Args:
+      *args: the transformations, in the order in which they are applied. With a `gale_project`
+        among them, those before it see full gradients (clipping) and those after it subspaces.
+        Nest a chain to end the subspace earlier.
+
+    Returns:
+      One transformation. Without a `gale_project` it is ``optax.chain(*args)``.
+
+    Raises:
+      ValueError: if there is more than one `gale_project`.
+
+    Example:
+      >>> import optax, optax_gale
+      >>> schedule = optax.cosine_decay_schedule(1e-3, 1000)
+      >>> tx = optax_gale.chain(
+      ...     optax_gale.gale_project(rank=128),
+      ...     optax.scale_by_adam(),
+      ...     optax.add_decayed_weights(0.1),
+      ...     optax.scale_by_learning_rate(schedule),
+      ... )
+    """
+    stages = [i for i, tx in enumerate(args) if isinstance(tx, _ProjectStage)]
+    if len(stages) > 1:
+        raise ValueError(
+            f"optax_gale.chain takes one gale_project, got {len(stages)} (arguments {stages}). For "
+            "different ranks in different leaves, give one of them a tree or a callable as `rank`."
+        )
+    if not stages:
+        return optax.with_extra_args_support(optax.chain(*args))
+    (i,) = stages
+    stage = args[i]
+    assert isinstance(stage, _ProjectStage)
+    inner = wrap(optax.chain(*args[i + 1 :]), stage.options)
+    return optax.with_extra_args_support(optax.chain(*args[:i], inner))

@@ -1,0 +1,217 @@
+"""Refreshing the projectors, and the moments with them."""
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_gale.transforms import moments as moments_lib
+from optax_gale.transforms import range_finders, refresh, shardings, trees
+from optax_gale.transforms.matrices import Projection
+from optax_gale.transforms.options import Options
+from optax_gale.transforms.subspace import MatrixLeaf
+
+
+def plan(
+    options: Options,
+    tree: Any,
+    leaves: Sequence[trees.Leaf],
+    projections: Sequence[Projection | None],
+) -> tuple[refresh.Together | refresh.Staggered, list[Any]] | None:
+    """The schedule of the projected leaves and the gap of each; None if there are none.
+
+    Raises:
+      TypeError: if a gap is not a whole number.
+      ValueError: if a gap is less than 1, or the schedule cannot serve the gaps.
+    """
+    gaps = []
+    lengths = []
+    all_gaps = trees.per_leaf("update_proj_gap", options.update_proj_gap, tree, leaves)
+    for leaf, gap, projection in zip(leaves, all_gaps, projections, strict=True):
+        if projection is not None:
+            refresh.check_gap(gap, f" of '{leaf.path}'" if leaf.path else "")
+            gaps.append(gap)
+            lengths.append(projection.view.batch_shape[0] if projection.view.batch_axes else 1)
+    if not gaps:
+        return None
+    if options.refresh_schedule == "staggered":
+        return refresh.Staggered(gaps, lengths), gaps
+    return refresh.Together(gaps), gaps
+
+
+def refreshed(
+    options: Options,
+    schedule: tuple[refresh.Together | refresh.Staggered, list[Any]] | None,
+    matrices: Sequence[MatrixLeaf | None],
+    projectors: Sequence[Any],
+    moments: "InnerMoments",
+    count: jax.Array,
+    asked: bool | None,
+) -> tuple[list[Any], Any]:
+    """Refreshes what is due.
+
+    Args:
+      options: the options.
+      schedule: who is refreshed when.
+      matrices: the gradients, None for leaves that are not projected.
+      projectors: the projectors in use.
+      moments: the inner's moments.
+      count: steps taken, int32.
+      asked: the caller's choice, or None.
+
+    Returns:
+      The projectors, and the inner's state in their bases.
+    """
+    if schedule is None:
+        return list(projectors), moments.state
+    planned, gaps = schedule
+    where = [i for i, matrix in enumerate(matrices) if matrix is not None]
+    gradients = {i: matrix for i, matrix in enumerate(matrices) if matrix is not None}
+    current = [projectors[i] for i in where]
+
+    def keep():
+        return current, moments.values
+
+    def refresh_unit(unit: refresh.Unit, step: jax.Array, masked: bool):
+        out, bases = list(current), {}
+        start = due = None
+        for position in unit.leaves:
+            leaf, p = where[position], current[position]
+            g = gradients[leaf].g
+            if unit.size is not None and unit.slots > 1:
+                due = planned.slot(unit, step) * unit.size
+                # The last slice is as long as the others: it reaches back where they do not fit.
+                start = jnp.minimum(due, p.shape[0] - unit.size)
+                g, p = (jax.lax.dynamic_slice_in_dim(x, start, unit.size) for x in (g, p))
+            key = jax.random.fold_in(options.key(), zlib.crc32(gradients[leaf].path.encode()))
+            new, accepted = _find(
+                options, gradients[leaf].projection, g, p, jax.random.fold_in(key, step)
+            )
+            if masked:
+                accepted = accepted & planned.due(position, step, gaps[position])
+            if start is not None and due is not None:
+                turn = start + jnp.arange(unit.size) >= due
+                accepted = accepted & turn.reshape(-1, *(1,) * (accepted.ndim - 1))
+            new = jnp.where(accepted[..., None, None], new, p)
+            bases[leaf] = (p, new, accepted)
+            out[position] = (
+                new
+                if start is None
+                else jax.lax.dynamic_update_slice_in_dim(current[position], new, start, 0)
+            )
+        return out, moments.carried(bases, start, unit.size)
+
+    new, values = refresh.run(planned, count, asked, keep, refresh_unit)
+    out = list(projectors)
+    for i, p in zip(where, new, strict=True):
+        out[i] = p
+    return out, moments.replaced(values)
+
+
+def _find(
+    options: Options, projection: Projection, g: jax.Array, old: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """New projectors, and which of them ``(*batch,)`` may be used.
+
+    A gradient that is zero or not finite says nothing about its range. A sum tells: unlike a
+    maximum it cannot lose a NaN.
+    """
+    find = range_finders.resolve(options.range_finder)
+    new = find(g, rows=projection.rows, rank=projection.rank, key=key, previous=old)
+    size = jnp.sum(jnp.abs(g.astype(jnp.float32)), axis=(-2, -1))
+    usable = jnp.isfinite(size) & (size > 0) & jnp.isfinite(jnp.sum(new, axis=(-2, -1)))
+    return shardings.match(new.astype(old.dtype), old), usable
+
+
+class InnerMoments:
+    """The arrays of the inner's state that follow the subspace."""
+
+    def __init__(
+        self,
+        option: moments_lib.Moments,
+        inner_state: Any,
+        leaf_paths: Sequence[tuple[Any, ...]],
+        projections: Sequence[Projection | None],
+        advance: Callable[[Any], Any],
+        count: jax.Array,
+    ):
+        """Finds the moments.
+
+        Args:
+          option: the `moments` option.
+          inner_state: the inner's state.
+          leaf_paths: key paths of the parameters.
+          projections: how they are projected.
+          advance: the inner's state after one step with a gradient of zero.
+          count: steps averaged so far.
+        """
+        self.state = inner_state
+        self._option, self._advance, self._count = option, advance, count
+        self._found = moments_lib.find(inner_state, leaf_paths, projections, option)
+        leaves, self._treedef = jax.tree.flatten(inner_state)
+        self._leaves = leaves
+        self.values = [leaves[moment.index] for moment in self._found]
+
+    def replaced(self, values: Sequence[jax.Array]) -> Any:
+        """The inner's state with other moments."""
+        if not self._found:
+            return self.state
+        leaves = list(self._leaves)
+        for moment, value in zip(self._found, values, strict=True):
+            leaves[moment.index] = value
+        return jax.tree.unflatten(self._treedef, leaves)
+
+    def carried(
+        self, bases: dict[int, Any], start: jax.Array | None, size: int | None
+    ) -> list[jax.Array]:
+        """The moments in new bases; with ``start``, of a slice of ``size`` matrices."""
+        values = self.values
+        touched = [moment.leaf in bases for moment in self._found]
+        if start is not None and size is not None:
+            values = [
+                jax.lax.dynamic_slice_in_dim(v, start, size) if t else v
+                for v, t in zip(values, touched, strict=True)
+            ]
+        carried = moments_lib.carry(
+            self._option, self._found, values, bases, self._decay_rates, self._count
+        )
+        carried = [shardings.match(c, v) for c, v in zip(carried, values, strict=True)]
+        if start is None:
+            return carried
+        return [
+            jax.lax.dynamic_update_slice_in_dim(whole, c, start, 0) if t else whole
+            for whole, c, t in zip(self.values, carried, touched, strict=True)
+        ]
+
+    def _decay_rates(self) -> list[jax.Array]:
+        """How much of every moment survives a step: the derivative of its update."""
+
+        def step(values):
+            leaves = jax.tree.leaves(self._advance(self.replaced(values)))
+            return [leaves[moment.index] for moment in self._found]
+
+        # Half precision would round a second moment's 0.999 to 1.
+        wide = [
+            value.astype(jnp.float32) if moment.kind == "second" else value
+            for moment, value in zip(self._found, self.values, strict=True)
+        ]
+        _, tangents = jax.jvp(step, (wide,), ([jnp.ones_like(v) for v in wide],))
+        return [
+            jnp.clip(shardings.first_element(t).astype(jnp.float32), 0.0, 1.0) for t in tangents
+        ]
+
+
+def inner_of(
+    inner: optax.GradientTransformation,
+    full_rank: optax.GradientTransformation | None,
+    treedef: Any,
+    projected: Sequence[bool],
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation that runs on the subspaces and on the leaves left at full rank."""
+    if full_rank is None:
+        return optax.with_extra_args_support(inner)
+    labels = treedef.unflatten(["subspace" if p else "full_rank" for p in projected])
+    return optax.partition({"subspace": inner, "full_rank": full_rank}, labels)

@@ -1,0 +1,160 @@
+"""How a gradient becomes a projector: the `range_finder` option."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from optax_gale import linalg
+
+
+class RangeFinder(Protocol):
+    """Anything that turns gradients into orthonormal projectors.
+
+    Called with ``x`` of shape ``(*batch, d, n)``, the projected side first, a rank, a key derived
+    from (seed, leaf, step), and the projectors in use; returns ``(*batch, d, rank)`` with
+    orthonormal columns in float32.
+    """
+
+    def __call__(
+        self, x: jax.Array, *, rank: int, key: jax.Array, previous: jax.Array
+    ) -> jax.Array:
+        """Finds the projectors."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """GALE's range finder: a random sketch, subspace iteration, orthonormalisation.
+
+    ``Y = G Omega``, then ``power_iterations`` times ``Y = G (G^T orth(Y))``, then ``P = orth(Y)``.
+
+    Attributes:
+      oversampling: extra columns of the sketch; the surplus is dropped by Rayleigh-Ritz (an
+        eigendecomposition of a matrix of size rank + oversampling).
+      power_iterations: steps of subspace iteration; each reads the gradient twice.
+      sketch: distribution of Omega, ``"gaussian"`` or ``"rademacher"``.
+      sample_fraction: share of the gradient's columns that the sketch reads.
+      warm_start: start from the projector in use instead of a random sketch. The key then plays no
+        part, and a subspace that has lost its gradient recovers only through the iteration.
+
+    Example:
+      >>> import optax, optax_gale
+      >>> finder = optax_gale.Sketch(oversampling=8, power_iterations=2)
+      >>> tx = optax_gale.gale(optax.adamw(1e-3), rank=32, range_finder=finder)
+
+    References:
+      Halko, Martinsson, Tropp, `Finding Structure with Randomness
+      <https://arxiv.org/abs/0909.4061>`_, 2011, Algorithms 4.1, 4.4 and 5.1.
+    """
+
+    oversampling: int = 0
+    power_iterations: int = 1
+    sketch: Literal["gaussian", "rademacher"] = "gaussian"
+    sample_fraction: float = 1.0
+    warm_start: bool = False
+
+    def __post_init__(self):
+        """Checks the options.
+
+        Raises:
+          ValueError: if one of them is out of range.
+        """
+        if self.oversampling < 0 or self.power_iterations < 0:
+            raise ValueError(
+                "Sketch: `oversampling` and `power_iterations` must be 0 or more, got "
+                f"{self.oversampling} and {self.power_iterations}."
+            )
+        if self.sketch not in ("gaussian", "rademacher"):
+            raise ValueError(
+                f"Sketch: `sketch` must be 'gaussian' or 'rademacher', got {self.sketch!r}."
+            )
+        if not 0.0 < self.sample_fraction <= 1.0:
+            raise ValueError(
+                f"Sketch: `sample_fraction` must be in (0, 1], got {self.sample_fraction}."
+            )
+        if self.warm_start and not self.power_iterations:
+            raise ValueError(
+                "Sketch: `warm_start` keeps the old subspace unless it is iterated; set "
+                "`power_iterations` to at least 1."
+            )
+
+    def __call__(
+        self, x: jax.Array, *, rank: int, key: jax.Array, previous: jax.Array
+    ) -> jax.Array:
+        """Finds the projectors of ``x`` (see `RangeFinder`)."""
+        return linalg.range_finder(
+            key,
+            x,
+            rank,
+            oversampling=self.oversampling,
+            # Warm: the start takes the sketch's place, and its first product is an iteration.
+            power_iterations=self.power_iterations - int(self.warm_start),
+            sketch=self.sketch,
+            start=previous if self.warm_start else None,
+            sample_fraction=self.sample_fraction,
+        )
+
+
+def _random(x: jax.Array, *, rank: int, key: jax.Array, previous: jax.Array) -> jax.Array:
+    """A random subspace, whatever the gradient (as in APOLLO and Flora)."""
+    del previous
+    return linalg.random_range(key, x.shape[-2], rank, x.shape[:-2])
+
+
+_NAMED: dict[str, RangeFinder] = {
+    "gale": Sketch(),
+    "gale_approx": Sketch(sample_fraction=0.25, power_iterations=0),
+    "warm": Sketch(warm_start=True),
+    "random": _random,
+}
+RangeFinderName = Literal["gale", "gale_approx", "warm", "svd", "random"]
+
+# (gradients (*batch, m, n), rows, rank, key, previous) -> projectors
+MatrixRangeFinder = Callable[..., jax.Array]
+
+
+def resolve(range_finder: RangeFinderName | RangeFinder) -> MatrixRangeFinder:
+    """Turns the `range_finder` option into a function of unoriented gradients.
+
+    Raises:
+      ValueError: if it is an unknown name.
+      TypeError: if it is neither a name nor a callable.
+    """
+    if range_finder == "svd":
+        return _svd
+    if isinstance(range_finder, str):
+        if range_finder not in _NAMED:
+            raise ValueError(
+                f"`range_finder` must be one of {sorted([*_NAMED, 'svd'])}, a `Sketch`, or a "
+                f"callable, got {range_finder!r}."
+            )
+        return _oriented(_NAMED[range_finder])
+    if not callable(range_finder):
+        raise TypeError(
+            f"`range_finder` must be a name, a `Sketch`, or a callable, got {range_finder!r}."
+        )
+    return _oriented(range_finder)
+
+
+def _svd(g: jax.Array, *, rows: bool, rank: int, key: jax.Array, previous: jax.Array) -> jax.Array:
+    """GaLore's range finder. It takes the gradient unoriented: the signs of singular vectors differ
+    between a matrix and its transpose, and moments are kept across refreshes."""  # noqa: D205, D209
+    del key, previous
+    return linalg.svd_range(g, rank, side="left" if rows else "right")
+
+
+def _oriented(finder: RangeFinder) -> MatrixRangeFinder:
+    def find(g, *, rows, rank, key, previous):
+        x = g if rows else jnp.swapaxes(g, -2, -1)
+        p = finder(x, rank=rank, key=key, previous=previous)
+        if p.shape != previous.shape:
+            raise ValueError(
+                f"`range_finder` returned shape {p.shape} for gradients of shape {x.shape} and "
+                f"rank {rank}; expected {previous.shape}."
+            )
+        return p
+
+    return find

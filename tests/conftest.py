@@ -1,0 +1,20 @@
+"""Devices for the whole suite: 8 CPU devices, or the GPU where OPTAX_GALE_GPU=1 asks for it."""
+
+import os
+
+import jax
+import pytest
+
+if not os.environ.get("OPTAX_GALE_GPU"):
+    # Set here rather than in the environment: a plugin may have imported JAX already.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_collection_modifyitems(items):
+    if jax.default_backend() == "gpu":
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU (run with OPTAX_GALE_GPU=1 on one)")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

@@ -1,0 +1,75 @@
+"""A LLaMA small enough to train within a test, and text to train it on."""
+
+import jax
+import numpy as np
+import pytest
+
+from examples.flax_llama.sizes import SIZES, LlamaSize
+
+NANO = LlamaSize(300, hidden=16, intermediate=24, layers=2, heads=2, kv_heads=1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Compiles what several runs have in common once: compiling is nearly all that they do.
+
+    The value is the environment that makes another process share it.
+    """
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    devices = {"jax_num_cpu_devices": jax.config.jax_num_cpu_devices}  # part of the key
+    yield {name.upper(): str(value) for name, value in {**options, **devices}.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory):
+    """A folder of text with something to learn: words follow each other in few ways."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), 4)) for _ in range(20)]
+    at, text = 0, []
+    for _ in range(4000):
+        at = (at * 3 + rng.integers(2)) % len(words)
+        text.append(words[at])
+    (folder / "text.txt").write_text(" ".join(text))
+    return folder
+
+
+@pytest.fixture
+def nano(monkeypatch, corpus_folder):
+    """Options that train the model ``nano`` on that text; registers the model."""
+    monkeypatch.setitem(SIZES, "nano", NANO)
+    return nano_options(corpus_folder)
+
+
+def nano_options(corpus_folder):
+    """The options of `nano` without registering the model."""
+    return {
+        "size": "nano",
+        "source": "text",
+        "path": corpus_folder,
+        "cache-dir": corpus_folder / "cache",
+        "vocab-size": 300,
+        "sequence-length": 16,
+        "batch-size": 4,
+        "steps": 12,
+        "dtype": "float32",
+        "log-every": 5,
+        "eval-every": 6,
+        "checkpoint-every": 6,
+        "tensorboard": False,
+    }
+
+
+def words(options, **changes):
+    """The command line of some options."""
+    merged = {**options, **{key.replace("_", "-"): value for key, value in changes.items()}}
+    return [word for key, value in merged.items() for word in (f"--{key}", str(value))]

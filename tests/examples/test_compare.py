@@ -1,0 +1,102 @@
+"""The comparison: arms, learning rates, divergence, restarts."""
+
+import json
+
+import conftest
+import pytest
+
+from examples.flax_llama import cli, compare
+from examples.flax_llama.config import CompareConfig, OptimizerOptions
+from examples.flax_llama.errors import UserError
+from examples.flax_llama.metrics import read_records
+from examples.flax_llama.train import Trainer
+
+
+def arms_of(*arm, optimizers="", **options):
+    config = CompareConfig(optimizers=optimizers, arm=arm, optimization=OptimizerOptions(**options))
+    return compare.parse_arms(config)
+
+
+def test_arms_take_the_shared_options_that_they_have():
+    first, second = arms_of(optimizers="adamw,gale_adamw", rank=8, weight_decay=0.1)
+    assert (first.name, first.optimizer) == ("adamw", "adamw")
+    assert first.options == (OptimizerOptions(weight_decay=0.1),)
+    assert second.options == (OptimizerOptions(weight_decay=0.1, rank=8),)
+
+
+def test_an_arm_has_options_of_its_own():
+    (arm,) = arms_of("name=fira optimizer=gale_adamw residual=fira lr=5e-3,1e-2 rank=4", rank=8)
+    assert arm.name == "fira"
+    expected = OptimizerOptions(residual="fira", rank=4)
+    assert [o.learning_rate for o in arm.options] == [5e-3, 1e-2]
+    assert all(o.given().items() >= expected.given().items() for o in arm.options)
+
+
+@pytest.mark.parametrize(
+    ("arm", "words"),
+    [
+        ("name=x", "optimizer= is missing"),
+        ("optimizer=adamw rank", "expected NAME=VALUE, got 'rank'"),
+        ("optimizer=adamw lr=fast", "arm 'adamw': .*fast"),
+        ("optimizer=gale_adamw colour=red", "arm 'gale_adamw': .*--colour"),
+        ("optimizer=adamv", "unknown optimizer 'adamv'"),
+        ("optimizer=adamw name=../up", "its name becomes a folder's"),
+        ("optimizer='adamw", "No closing quotation"),
+    ],
+)
+def test_bad_arms_are_named(arm, words):
+    with pytest.raises(UserError, match=words):
+        arms_of(arm, **({"rank": 2} if "adamv" in arm else {}))
+
+
+def test_names_must_differ_and_there_must_be_an_arm():
+    with pytest.raises(UserError, match="two arms are called 'adamw'"):
+        arms_of("optimizer=adamw", optimizers="adamw")
+    with pytest.raises(UserError, match="nothing to compare"):
+        arms_of()
+    with pytest.raises(UserError, match="--rank is not an option of adamw, sgd"):
+        arms_of(optimizers="adamw,sgd", rank=3)
+
+
+def test_compare(nano, tmp_path, capsys, monkeypatch):
+    nano = {**nano, "steps": 4, "eval-every": 0, "checkpoint-every": 0}
+    words = ["compare", *conftest.words(nano, out=tmp_path, clip_norm=0)]
+    words += ["--arm", "name=swept optimizer=sgd lr=1e-2,1e30"]
+    words += ["--arm", "name=broken optimizer=sgd lr=1e30"]
+    assert cli.main(words) == 0
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == ["swept-lr0.01", "swept-lr1e+30", "broken"]
+    assert results["broken"]["loss"] is None and "diverged" in results["broken"]["remark"]
+    assert results["swept-lr0.01"]["loss"] > 0
+    assert results["swept-lr0.01"]["optimizer_bytes"] > 0
+
+    table = (tmp_path / "results.md").read_text()
+    best, every = table.split("Every learning rate:")
+    rows = [line.split("|")[1:4] for line in best.splitlines() if line.startswith("| ")]
+    assert [[cell.strip() for cell in row] for row in rows[1:]] == [
+        ["swept", "sgd", "0.01"],
+        ["broken", "sgd", "1e+30"],
+    ]
+    assert "at step 2" in every and every.count("| swept |") == 2
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    # The same weights and the same tokens: the first loss is the same.
+    metrics = [tmp_path / name / "metrics.jsonl" for name in results]
+    assert len({next(read_records(path), {"loss": 0})["loss"] for path in metrics} - {0}) == 1
+
+    # Again, with one arm more: only that one is run.
+    ran = []
+    run = Trainer.run
+    monkeypatch.setattr(
+        Trainer, "run", lambda self: ran.append(self.config.folder.name) or run(self)
+    )
+    assert cli.main([*words, "--arm", "name=new optimizer=sgd lr=0.01"]) == 0
+    assert ran == ["new"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["new"]["loss"] == results["swept-lr0.01"]["loss"]
+
+    # Other settings under the same names are refused.
+    capsys.readouterr()
+    assert cli.main([*words, "--seed", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "--seed is 1 here and 0 there" in error and error.count("\n") == 1

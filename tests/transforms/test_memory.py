@@ -1,0 +1,187 @@
+"""`memory_report` and `state_partition_specs`: both work on shapes, and agree with `init`."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_gale
+
+
+def shapes(dtype=jnp.bfloat16, layers=3, d=48, f=96, vocabulary=200):
+    struct = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
+    return {
+        "embed": {"embedding": struct(vocabulary, d)},
+        "layers": {
+            "query": {"kernel": struct(layers, d, d)},
+            "up": {"kernel": struct(layers, d, f)},
+            "norm": {"scale": struct(layers, d)},
+        },
+        "lm_head": {"kernel": struct(d, vocabulary)},
+    }
+
+
+def made(tree):
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tree)
+
+
+def nbytes(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+TRANSFORMATIONS = {
+    "adamw": optax.adamw(1e-3),
+    "gale_adamw": optax_gale.gale_adamw(1e-3, 8),
+    "long, f32 states, bf16 projector": optax_gale.gale_adamw(
+        1e-3, 8, side="long", state_dtype=jnp.float32, projector_dtype=jnp.bfloat16
+    ),
+    "fira": optax_gale.gale_adamw(1e-3, 8, residual="fira"),
+    "muon": optax_gale.gale_muon(1e-3, 8),
+    "adafactor": optax_gale.gale_adafactor(1e-3, 8, min_dim_size_to_factor=8),
+    "chain": optax_gale.chain(
+        optax.clip_by_global_norm(1.0), optax_gale.gale_project(8), optax.adamw(1e-3)
+    ),
+    "injected": optax.inject_hyperparams(optax_gale.gale_lion, static_args="rank")(1e-3, rank=8),
+    "partition": optax.partition(
+        {"a": optax_gale.gale_adamw(1e-3, 8), "b": optax.sgd(1e-3, momentum=0.9)},
+        {"embed": "b", "layers": "a", "lm_head": "b"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_report_counts_the_bytes_that_init_makes(name, dtype):
+    tx, params = TRANSFORMATIONS[name], made(shapes(dtype))
+    report = optax_gale.memory_report(tx, shapes(dtype))
+    assert report.state == nbytes(tx.init(params))
+    assert report.weights == nbytes(params)
+    assert report.total == report.state + report.weights
+    assert report == optax_gale.memory_report(tx, params)
+
+
+def test_report_tells_projectors_from_moments():
+    report = optax_gale.memory_report(optax_gale.gale_adamw(1e-3, 8, side="short"), shapes())
+    leaves = {leaf.path: leaf for leaf in report.leaves}
+    up = leaves["layers/up/kernel"]
+    assert up.projectors == 4 * 3 * 48 * 8
+    assert up.moments == 2 * 2 * 3 * 96 * 8
+    assert report.projectors == sum(leaf.projectors for leaf in report.leaves)
+    assert leaves["lm_head/kernel"].projectors == 0
+    assert report.other == 8  # two step counters
+
+
+@pytest.mark.parametrize(
+    ("path", "decision"),
+    [
+        ("embed/embedding", "full rank: 'embed' names an embedding, head, norm or bias"),
+        ("layers/up/kernel", "rank 40 of 48 x 96, by rows of 3 matrices"),
+        ("layers/query/kernel", "rank 40 of 48 x 48, by columns of 3 matrices"),
+        ("layers/thin/kernel", "full rank: min(m, n) = 12 is less than the rank, 40"),
+        ("layers/bias", "full rank: 'bias' names an embedding, head, norm or bias"),
+        ("layers/gain", "full rank: a vector"),
+    ],
+)
+def test_report_says_what_was_decided_and_why(path, decision):
+    params = shapes()
+    params["layers"]["thin"] = {"kernel": jax.ShapeDtypeStruct((3, 12, 48), jnp.bfloat16)}
+    params["layers"]["bias"] = jax.ShapeDtypeStruct((3, 48), jnp.bfloat16)
+    params["layers"]["gain"] = jax.ShapeDtypeStruct((48,), jnp.bfloat16)
+    tx = optax.chain(optax.clip(1.0), optax_gale.gale_adamw(1e-3, 40, side="short"))
+    for _ in range(2):  # a cached trace must not lose the decisions
+        report = optax_gale.memory_report(tx, params)
+        assert {leaf.path: leaf.decision for leaf in report.leaves}[path].startswith(decision)
+
+
+def test_table_groups_layers_and_adds_up():
+    unstacked = {
+        f"layers_{i}": {"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)} for i in range(4)
+    }
+    text = str(optax_gale.memory_report(optax_gale.gale_adamw(1e-3, 8), unstacked))
+    assert "4 x layers_*/kernel" in text
+    assert "rank 8 of 64 x 64, by rows" in text
+    assert "64.0 KiB" in text  # the weights
+    assert "optimizer state 24.0 KiB, 18.8% of AdamW's 128.0 KiB" in text
+    assert max(map(len, text.splitlines())) < 120
+
+
+def test_report_of_nothing():
+    report = optax_gale.memory_report(optax_gale.gale_adamw(1e-3), {})
+    assert report.weights == report.moments == report.projectors == 0
+    assert str(report)
+
+
+SPECS = {
+    "embed": {"embedding": P("model", None)},
+    "layers": {
+        "query": {"kernel": P(None, "data", "model")},
+        "up": {"kernel": P(None, "data", "model")},
+        "norm": {"scale": P()},
+    },
+    "lm_head": {"kernel": P(None, "model")},
+}
+
+
+def test_specs_keep_surviving_axes_and_leave_the_rank_axis_alone():
+    tx = optax_gale.gale_adamw(1e-3, 8, side="short")
+    specs = optax_gale.state_partition_specs(tx, shapes(), SPECS)
+    # up is 48 x 96: rows are projected; query is square: columns are.
+    assert specs.projector["layers"]["up"]["kernel"] == P(None, "data", None)
+    assert specs.projector["layers"]["query"]["kernel"] == P(None, "model", None)
+    mu = specs.inner_state[0].mu
+    assert mu["layers"]["up"]["kernel"] == P(None, None, "model")
+    assert mu["layers"]["query"]["kernel"] == P(None, "data", None)
+    assert mu["embed"]["embedding"] == P("model", None)
+    assert specs.count == P()
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_specs_fit_every_array_of_the_state(name):
+    tx = TRANSFORMATIONS[name]
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+    specs = optax_gale.state_partition_specs(tx, shapes(), SPECS)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    state = jax.jit(tx.init, out_shardings=shardings)(made(shapes()))
+    for x, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
+def test_specs_of_merged_axes():
+    params = {"w": jax.ShapeDtypeStruct((2, 32, 4, 16), jnp.float32)}
+    numbers = optax_gale.GaleDimensionNumbers(1, (2, 3))
+    tx = optax_gale.gale_adamw(1e-3, 8, side="short", weight_dimension_numbers=numbers)
+    for heads, merged in (("model", "model"), (None, None)):
+        specs = optax_gale.state_partition_specs(tx, params, {"w": P(None, "data", heads, None)})
+        assert specs.projector["w"] == P(None, "data", None)
+        assert specs.inner_state[0].mu["w"] == P(None, None, merged)
+
+
+def test_specs_look_through_boxes_and_prefixes():
+    boxed = {"w": nn.Partitioned(jax.ShapeDtypeStruct((32, 64), jnp.float32), names=("a", "b"))}
+    tx = optax_gale.gale_adamw(1e-3, 8, side="short")
+    specs = optax_gale.state_partition_specs(tx, boxed, P("data", "model"))
+    assert specs.projector["w"] == P("data", None)
+
+
+def test_specs_that_do_not_fit_are_refused():
+    params = {"w": jax.ShapeDtypeStruct((32, 64), jnp.float32)}
+    tx = optax_gale.gale_adamw(1e-3, 8)
+    with pytest.raises(ValueError, match=r"'w'.*longer than the 2 axes"):
+        optax_gale.state_partition_specs(tx, params, P("data", None, "model"))
+    with pytest.raises(ValueError, match="param_specs"):
+        optax_gale.state_partition_specs(tx, params, {"w": P(), "x": P()})
+
+
+def test_report_of_7b_needs_no_memory():
+    report = optax_gale.memory_report(
+        optax_gale.gale_adamw(1e-3, 1024, side="short"),
+        shapes(layers=32, d=4096, f=11008, vocabulary=32000),
+    )
+    assert report.weights > 4e9
+    assert math.isclose(report.projectors, 4 * 32 * 4096 * 1024 * 2)
