@@ -80,7 +80,7 @@ def gale_project(
       ... )
       >>> state = tx.init({"kernel": jnp.ones((256, 64))})
       >>> state[1].inner_state[0][0].mu["kernel"].shape
-      (256, 8)
+      (8, 64)
     """
     options = Options.of(locals())
     alone = wrap(optax.identity(), options)

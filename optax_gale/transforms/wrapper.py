@@ -349,9 +349,9 @@ def gale(
       >>> tx = optax_gale.gale(optax.adamw(1e-2), rank=8)
       >>> state = tx.init(params)
       >>> state.projector["kernel"].shape
-      (64, 8)
-      >>> state.inner_state[0].mu["kernel"].shape
       (256, 8)
+      >>> state.inner_state[0].mu["kernel"].shape
+      (8, 64)
       >>> updates, state = tx.update(params, state, params)
       >>> params = optax.apply_updates(params, updates)
 
