@@ -34,7 +34,7 @@ def projects_rows(shape, side):
 
 
 def formula(shapes, *, side, rank=RANK, gap=GAP, lr=LR, decay=DECAY, scale=1.0, projector=None):
-    """DESIGN's step for AdamW: ``W <- W - lr (scale P Adam(P^T G) + decay W)``."""
+    """The step of `gale` with AdamW: ``W <- W - lr (scale P Adam(P^T G) + decay W)``."""
     adams = {name: Adam() for name in shapes}
     bases = {}
 

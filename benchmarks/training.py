@@ -1,0 +1,173 @@
+"""Validation losses of optimizers trained side by side, over learning rates and seeds.
+
+Runs the example's ``compare`` with the arms of a suite. Every finished run is stored, runs that are
+stored are not repeated, and ``--only`` picks arms, so that a long suite can be run in parts and on
+several machines. Prints a Markdown table and stores it with the numbers.
+
+    python -m benchmarks.training --suite tiny --seeds 0 1 2
+    python -m benchmarks.training --suite 60m --train train.u16.xz --validation val.u16.xz
+"""
+
+import dataclasses
+import json
+import re
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from benchmarks.environment import describe
+from examples.flax_llama import compare
+from examples.flax_llama.config import CompareConfig, ModelOptions, OutputOptions, TrainingOptions
+from examples.flax_llama.data import DataConfig
+from examples.flax_llama.tables import markdown
+
+# In words: which option differs from the library's defaults.
+TINY = {
+    "AdamW": "optimizer=adamw lr=1e-3,2e-3,4e-3",
+    "optax.contrib.galore": "optimizer=optax_galore lr=5e-3,1e-2,2e-2",
+    "GaLore": "optimizer=galore lr=5e-3,1e-2,2e-2",
+    "GALE": "optimizer=gale_adamw lr=5e-3,1e-2,2e-2",
+    "GALE, side short": "optimizer=gale_adamw side=short lr=5e-3,1e-2,2e-2",
+    "GALE, moments kept": "optimizer=gale_adamw moments=keep lr=5e-3,1e-2,2e-2",
+    "GALE, moments reset": "optimizer=gale_adamw moments=reset lr=5e-3,1e-2,2e-2",
+    "GALE, no power iteration": "optimizer=gale_adamw power_iterations=0 lr=5e-3,1e-2,2e-2",
+    "GALE, two power iterations": "optimizer=gale_adamw power_iterations=2 lr=5e-3,1e-2,2e-2",
+    "GALE, SVD": "optimizer=gale_adamw range_finder=svd lr=5e-3,1e-2,2e-2",
+    "GALE, warm start": "optimizer=gale_adamw range_finder=warm lr=5e-3,1e-2,2e-2",
+    "GALE, random subspace": "optimizer=gale_adamw range_finder=random lr=5e-3,1e-2,2e-2",
+    "GALE, Fira": "optimizer=gale_adamw residual=fira lr=5e-3,1e-2,2e-2",
+    "GALE, staggered": "optimizer=gale_adamw refresh_schedule=staggered lr=5e-3,1e-2,2e-2",
+    "GALE-Muon": "optimizer=gale_muon lr=5e-3,1e-2,2e-2",
+    "Muon": "optimizer=muon lr=5e-3,1e-2,2e-2",
+}
+LLAMA_60M = {
+    "AdamW": "optimizer=adamw lr=1e-3,2e-3,3e-3",
+    "GaLore": "optimizer=galore lr=5e-3,1e-2,2e-2",
+    "optax.contrib.galore": "optimizer=optax_galore lr=1e-2",
+    "GALE": "optimizer=gale_adamw lr=5e-3,1e-2,2e-2",
+    "GALE, moments kept": "optimizer=gale_adamw moments=keep lr=1e-2",
+    "GALE, side short": "optimizer=gale_adamw side=short lr=1e-2",
+    "GALE, side short, moments kept": "optimizer=gale_adamw side=short moments=keep lr=1e-2",
+    "GALE, Fira": "optimizer=gale_adamw residual=fira lr=1e-2,2e-2",
+    "GALE, side short, Fira": "optimizer=gale_adamw side=short residual=fira lr=1e-2",
+    "GALE-Muon": "optimizer=gale_muon lr=1e-2,2e-2,4e-2",
+    "Muon": "optimizer=muon lr=2e-2",
+}
+SUITES = {"tiny": TINY, "60m": LLAMA_60M}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to train."""
+
+    suite: Literal["tiny", "60m"] = "tiny"
+    """tiny: the default example. 60m: LLaMA-60M, 800 steps of 512 sequences of token ids."""
+    only: tuple[str, ...] = ()
+    """Arms to run; all by default."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of weights and data order; every run is made with each."""
+    train: Path | None = None
+    """60m: token ids to train on."""
+    validation: Path | None = None
+    """60m: token ids to validate on."""
+    attention_backend: Literal["xla", "cudnn"] = "xla"
+    """cudnn: the fused kernel of NVIDIA GPUs."""
+    runs: Path = Path("runs/benchmark")
+    """Where the runs are kept."""
+    out: Path = Path("benchmarks/results")
+    """Where the results go, and join those that are there."""
+
+
+def slug(arm: str) -> str:
+    """An arm's name as a folder's."""
+    return re.sub(r"\W+", "-", arm.lower())
+
+
+def comparison(config: Config, seed: int, arm: str) -> CompareConfig:
+    """The options of ``compare`` for one arm and seed."""
+    spec = f"name={slug(arm)} {SUITES[config.suite][arm]}"
+    shared: dict[str, Any] = {
+        "arm": (spec,),
+        "out": config.runs / config.suite / f"seed{seed}",
+        "output": OutputOptions(checkpoint_every=0, eval_every=0, tensorboard=False),
+    }
+    if config.suite == "tiny":
+        return CompareConfig(
+            **shared,
+            training=TrainingOptions(seed=seed),
+            model=ModelOptions(attention_backend=config.attention_backend),
+        )
+    return CompareConfig(
+        **shared,
+        training=TrainingOptions(steps=800, batch_size=512, seed=seed),
+        model=ModelOptions(size="60m", attention_backend=config.attention_backend),
+        data=DataConfig(
+            source="tokens",
+            path=config.train,
+            validation_path=config.validation,
+            vocab_size=32000,
+        ),
+    )
+
+
+def table(suite: str, runs: list[dict[str, Any]]) -> str:
+    """One row an arm: the mean over seeds at every learning rate, the best in bold."""
+    losses = defaultdict(lambda: defaultdict(list))
+    memory = {}
+    for run in runs:
+        losses[run["arm"]][run["learning_rate"]].append(run["loss"])
+        memory[run["arm"]] = run["optimizer_bytes"]
+    rates = sorted({rate for arm in losses.values() for rate in arm})
+    rows = []
+    for arm in (a for a in SUITES[suite] if a in losses):
+        cells = {rate: _summary(values) for rate, values in losses[arm].items()}
+        best = min(cells, key=lambda rate: cells[rate][0])
+        texts = [cells[rate][1] if rate in cells else "" for rate in rates]
+        texts[rates.index(best)] = f"**{cells[best][1]}**"
+        rows.append([arm, *texts, f"{memory[arm] / 2**20:.2f}"])
+    return markdown(["optimizer", *(f"{rate:g}" for rate in rates), "state, MiB"], rows)
+
+
+def _summary(losses: list[float | None]) -> tuple[float, str]:
+    """A number to sort by, and the mean with half the range over seeds."""
+    found = [loss for loss in losses if loss is not None]
+    if len(found) < len(losses):
+        return float("inf"), "diverged"
+    mean = statistics.mean(found)
+    spread = (max(found) - min(found)) / 2
+    return mean, f"{mean:.3f}" + (f" ± {spread:.3f}" if len(found) > 1 else "")
+
+
+def main(config: Config) -> None:
+    """Trains and stores."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    stem = config.out / f"training_{config.suite}"
+    stored = stem.with_suffix(".json")
+    runs = json.loads(stored.read_text())["runs"] if stored.exists() else []
+    environment = describe()
+    for seed in config.seeds:
+        for arm in config.only or SUITES[config.suite]:
+            compare_config = comparison(config, seed, arm)
+            rates = compare.parse_arms(compare_config)[0].options
+            done = {r["learning_rate"] for r in runs if (r["arm"], r["seed"]) == (arm, seed)}
+            if {o.learning_rate for o in rates} <= done:
+                continue
+            compare.run(compare_config)
+            trials = compare.Results(compare_config.out).trials.values()
+            mine = [t for t in trials if t.arm == slug(arm)]
+            runs = [r for r in runs if (r["arm"], r["seed"]) != (arm, seed)]
+            for trial in mine:
+                fields = dataclasses.asdict(trial)
+                settings = {**fields.pop("identity"), "environment": environment}
+                runs.append({**fields, "arm": arm, "seed": seed, "settings": settings})
+            stored.write_text(json.dumps({"runs": runs}, indent=1, default=str) + "\n")
+            text = table(config.suite, runs)
+            stem.with_suffix(".md").write_text(text + "\n")
+            print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
