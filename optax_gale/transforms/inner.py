@@ -1,8 +1,7 @@
-"""What the wrapper must know of its inner, found by running it.
+"""What the wrapper must know of its inner.
 
 An Optax transformation is a pair of functions: it cannot be asked whether it decays the weights or
-which way its updates point, but it can be run, on a small problem of the same tree structure, and
-differentiated.
+which way its updates point. But its programs can be read, differentiated, and run on a few numbers.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_gale.transforms import shardings
+from optax_gale.transforms import dataflow, shardings
 
 _REMEDY = (
     "Put it outside the wrapper instead (for example schedule_free(gale(...)), or "
@@ -72,76 +71,67 @@ def decayed_update(
     return updates, new_state, coefficients
 
 
-def examine(inner: optax.GradientTransformationExtraArgs, tree: Any, projected: Sequence[bool]):
-    """Checks that the inner works in a subspace, on a problem of a few numbers.
+def examine(
+    inner: optax.GradientTransformationExtraArgs, state: Any, tree: Any, projected: Sequence[bool]
+) -> None:
+    """Checks that the inner works in a subspace: what it does with the parameters' values.
 
-    Nothing is checked while the inner's hyperparameters are traced (``optax.inject_hyperparams``
-    under ``jax.jit``).
+    Its programs are read, not run: the answer holds for all values and steps.
 
     Args:
       inner: the inner.
-      tree: the parameters as the inner sees them; only structure and number of axes matter.
+      state: what its `init` made for ``tree``.
+      tree: the parameters as the inner sees them.
       projected: which leaves are projected.
 
     Raises:
-      ValueError: if the inner keeps a copy of the parameters, or its update of a projected leaf
-        depends on the parameter otherwise than through ``U(p) = U(0) + c p``.
+      ValueError: if a parameter's value finds its way into the inner's state, or its update of a
+        projected leaf depends on the parameter otherwise than through ``U(p) = U(0) + c p``.
     """
     if not any(projected):
         return
-    try:
-        with jax.ensure_compile_time_eval():
-            _examine(inner, tree, projected)
-    except jax.errors.JAXTypeError:  # a traced hyperparameter: nothing concrete to look at
-        return
-
-
-def _examine(inner, tree, projected) -> None:
-    random = np.random.default_rng(0)
-    zeros = _small(tree, projected, np.zeros)
-    sample = lambda: _small(tree, projected, lambda shape: random.normal(size=shape))
-    state = inner.init(zeros)
+    leaves, treedef = jax.tree.flatten(tree)
     names = ", ".join(sorted(_state_names(state))) or "no named state"
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(inner.init(sample())), strict=True):
-        if jnp.issubdtype(jnp.asarray(a).dtype, jnp.floating) and not jnp.array_equal(a, b):
-            raise ValueError(
-                f"The inner ({names}) keeps a copy of the parameters' values in its state, which a "
-                f"subspace does not have. {_REMEDY}"
-            )
-    for steps in (0, 1000):
-        at = _advance(state, steps)
-        for _ in range(2):
-            grads, params = sample(), sample()
-            update = lambda p, at=at, grads=grads: _attempt(inner, names, grads, at, p)
-            base, offset = update(_replace(params, zeros, projected))[0], update(params)[0]
-            slope = update(_replace(params, _small(tree, projected, np.ones), projected))[0]
-            for u0, u, u1, p, is_projected in zip(
-                *(jax.tree.leaves(t) for t in (base, offset, slope, params)), projected, strict=True
-            ):
-                if not is_projected:
-                    continue
-                u0, u, u1, p = (np.asarray(x, np.float64) for x in (u0, u, u1, p))
-                c = (u1 - u0).reshape(-1)[:1]
-                error = np.abs(u - (u0 + c * p)).max()
-                if not error <= 1e-4 * (np.abs(u0) + np.abs(c * p)).max() + 1e-30:
-                    raise ValueError(
-                        f"The inner ({names}) uses the parameters otherwise than for decoupled "
-                        f"weight decay, and in a subspace there are none to use. {_REMEDY}"
-                    )
-            at = update(params)[1]
+    numbers = [i if p else None for i, p in enumerate(projected)]
+    of_init = dataflow.dependences(inner.init, (tree,), numbers)
+    _refuse_copies(names, of_init)
 
-
-def _attempt(inner, names, grads, state, params):
-    try:
+    def update(params, grads, state):
         return inner.update(grads, state, params, value=jnp.ones(()))
-    except jax.errors.JAXTypeError:
-        raise
+
+    watched = [*numbers, *[None] * (len(leaves) + len(jax.tree.leaves(state)))]
+    try:
+        of_updates, of_state = dataflow.dependences(update, (tree, tree, state), watched)
+    except jax.errors.JAXTypeError as error:
+        raise ValueError(
+            f"The inner ({names}) cannot be compiled: {error} Arguments that it needs as Python "
+            "values must not be injected; name them in static_args=(...) of "
+            "`optax.inject_hyperparams`."
+        ) from error
     except Exception as error:
         raise ValueError(
-            f"The inner ({names}) does not run on subspaces alone: {error}. Functions of the whole "
-            "parameters (line searches, Hessians) do not fit a subspace; put such a transformation "
-            "outside the wrapper."
+            f"The inner ({names}) does not run on subspaces alone: {error}. If it evaluates the "
+            "loss or its curvature at the whole parameters (line searches, Hessians), or needs an "
+            "argument of its own, put it outside the wrapper."
         ) from error
+    _refuse_copies(names, of_state)
+    is_dependence = lambda x: isinstance(x, dataflow.Dependence)
+    for i, found in enumerate(jax.tree.leaves(of_updates, is_leaf=is_dependence)):
+        if found.on is not None and not (projected[i] and found.is_affine_in == i):
+            raise ValueError(
+                f"The inner ({names}) uses the parameters otherwise than for decoupled weight "
+                f"decay, and in a subspace there are none to use. {_REMEDY}"
+            )
+
+
+def _refuse_copies(names: str, of_state: Any) -> None:
+    is_dependence = lambda x: isinstance(x, dataflow.Dependence)
+    if any(x.on is not None for x in jax.tree.leaves(of_state, is_leaf=is_dependence)):
+        raise ValueError(
+            f"The inner ({names}) keeps the parameters' values in its state, as a copy or inside "
+            "an average (L2 regularisation before the moments, for example), and a subspace does "
+            f"not have them. {_REMEDY}"
+        )
 
 
 def direction(
@@ -149,8 +139,9 @@ def direction(
 ) -> jax.Array | float:
     """The sign of the inner's update along a gradient: -1 for an optimizer, +1 for a `scale_by_*`.
 
-    It is that of the first step that moves at all: a learning rate may rise from zero, and an
-    accumulation moves once in a while. An inner that never moves has 0.
+    It is that of the first step that moves at all, among the first ones and those that are powers
+    of two: a learning rate may rise from zero, and an accumulation moves once in a while. An inner
+    that never moves has 0.
     """
     try:
         with jax.ensure_compile_time_eval():
@@ -169,7 +160,8 @@ def _direction(inner, tree, projected, steps: int) -> jax.Array:
         of_projected = zip(jax.tree.leaves(updates), projected, strict=True)
         return jnp.sign(sum(jnp.sum(u) for u, p in of_projected if p))
 
-    signs = jax.vmap(sign)(jnp.arange(steps, dtype=jnp.int32))
+    counts = np.concatenate([np.arange(steps), 2 ** np.arange(10, 31)])
+    signs = jax.vmap(sign)(jnp.asarray(counts, jnp.int32))
     return signs[jnp.argmax(signs != 0)]
 
 
@@ -185,12 +177,6 @@ def _small(tree: Any, projected: Sequence[bool], make: Callable[[tuple[int, ...]
         for s, x in zip(shapes, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, arrays)
-
-
-def _replace(tree: Any, other: Any, which: Sequence[bool]) -> Any:
-    leaves, treedef = jax.tree.flatten(tree)
-    merged = [o if w else x for x, o, w in zip(leaves, jax.tree.leaves(other), which, strict=True)]
-    return jax.tree.unflatten(treedef, merged)
 
 
 def _advance(state: Any, steps: int) -> Any:

@@ -68,7 +68,7 @@ def wrap(
         )
         run = projectors_lib.inner_of(inner, full_rank, treedef, projected)
         inner_state = run.init(proxies)
-        inner_lib.examine(run, proxies, projected)
+        inner_lib.examine(run, inner_state, proxies, projected)
         moments_lib.find(inner_state, trees.key_paths(params), chosen, options.moments)
         return GaleState(
             count=jnp.zeros((), jnp.int32),

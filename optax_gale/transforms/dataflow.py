@@ -1,0 +1,137 @@
+"""How the outputs of a function depend on some of its inputs, read off its jaxpr.
+
+An abstract interpretation: no number is computed, so the answer holds for all values, also where
+hyperparameters are traced.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import Literal
+
+_OTHER = "other"
+
+
+class Dependence(NamedTuple):
+    """How an array depends on the inputs that are watched.
+
+    Attributes:
+      on: None if it does not; an int i if it is ``u + c x_i``, elementwise, with a number c that is
+        the same for all elements; ``"other"`` for anything else.
+      uniform: whether it depends on nothing watched and all its elements are alike.
+    """
+
+    on: None | int | str
+    uniform: bool = False
+
+    @property
+    def is_affine_in(self) -> int | None:
+        """The input that it is affine in, if it is in one."""
+        return self.on if isinstance(self.on, int) else None
+
+
+_NONE, _UNIFORM, _ANY = Dependence(None), Dependence(None, uniform=True), Dependence(_OTHER)
+
+# Elementwise and linear in the one operand.
+_LINEAR = {"neg", "convert_element_type", "copy", "copy_p", "reduce_precision", "real"}
+_LINEAR |= {"optimization_barrier", "sharding_constraint", "reshard", "pvary", "pcast"}
+# Elementwise: uniform if all operands are.
+_ELEMENTWISE = {"add", "add_any", "sub", "mul", "div", "max", "min", "pow", "integer_pow", "sqrt"}
+_ELEMENTWISE |= {"rsqrt", "exp", "log", "sign", "abs", "cos", "sin", "tanh", "select_n", "square"}
+_ELEMENTWISE |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "rem", "floor", "clamp"}
+_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+def dependences(
+    function: Callable[..., Any], arguments: Sequence[Any], watched: Sequence[int | None]
+) -> Any:
+    """Finds how every output of a function depends on the watched inputs.
+
+    Args:
+      function: the function; it is traced, not run.
+      arguments: its arguments, arrays or shapes.
+      watched: for every leaf of the arguments its number among the watched ones, or None.
+
+    Returns:
+      A tree like the function's result, with a `Dependence` at every leaf.
+    """
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    inputs = [
+        _given(var) if number is None else Dependence(number)
+        for var, number in zip(closed.jaxpr.invars, watched, strict=True)
+    ]
+    outputs = _interpret(closed.jaxpr, inputs)
+    return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+
+
+def _given(var: Any) -> Dependence:
+    return _UNIFORM if var.aval.size == 1 else _NONE
+
+
+def _interpret(jaxpr: Any, inputs: Sequence[Dependence]) -> list[Dependence]:
+    known = dict(zip(jaxpr.invars, inputs, strict=True))
+    known |= {var: _given(var) for var in jaxpr.constvars}
+    read = lambda x: _UNIFORM if isinstance(x, Literal) else known[x]
+    for equation in jaxpr.eqns:
+        operands = [read(x) for x in equation.invars]
+        known.update(zip(equation.outvars, _apply(equation, operands), strict=True))
+    return [read(x) for x in jaxpr.outvars]
+
+
+def _apply(equation: Any, operands: list[Dependence]) -> list[Dependence]:
+    name, params = equation.primitive.name, equation.params
+    inner = next((params[key] for key in _CALLS if key in params), None)
+    if name not in ("scan", "while") and inner is not None:
+        jaxpr = getattr(inner, "jaxpr", inner)
+        if len(jaxpr.invars) == len(operands):
+            return _interpret(jaxpr, operands)
+    if name == "cond":
+        return _conditional(equation, operands)
+    if all(x.on is None for x in operands):
+        uniform = all(x.uniform for x in operands)
+        keeps = name in _ELEMENTWISE | _LINEAR or name in ("broadcast_in_dim", "reshape")
+        return [_UNIFORM if uniform and keeps else _given(var) for var in equation.outvars]
+    return [_elementwise(equation, operands)] * len(equation.outvars)
+
+
+def _elementwise(equation: Any, operands: list[Dependence]) -> Dependence:
+    """The result of a primitive with one output, some operand of which depends."""
+    name, params = equation.primitive.name, equation.params
+    first = operands[0]
+    if name == "is_finite" and first.on != _OTHER:
+        return _NONE  # parameters are taken to be finite
+    identity = name in ("broadcast_in_dim", "reshape") and (
+        equation.outvars[0].aval.shape == equation.invars[0].aval.shape
+    )
+    if name in _LINEAR or identity or (name == "integer_pow" and params["y"] == 1):
+        return first if len(operands) == 1 else _ANY
+    if name in ("add", "add_any", "sub"):
+        return _joined(operands)
+    if name == "mul":
+        if any(isinstance(x, Literal) and x.val == 0 for x in equation.invars):
+            return _NONE  # a decay of zero
+        x, factor = operands if operands[0].on is not None else operands[::-1]
+        return x if factor.uniform else _ANY
+    if name == "div":
+        return first if operands[1].uniform else _ANY
+    if name == "select_n" and first.uniform:
+        return _joined(operands[1:])
+    return _ANY
+
+
+def _conditional(equation: Any, operands: list[Dependence]) -> list[Dependence]:
+    index, *inputs = operands
+    branches = [_interpret(b.jaxpr, inputs) for b in equation.params["branches"]]
+    if index.on is not None:
+        return [_ANY] * len(equation.outvars)
+    outputs = [_joined(list(results)) for results in zip(*branches, strict=True)]
+    return [x._replace(uniform=False) if x.on is None else x for x in outputs]
+
+
+def _joined(parts: list[Dependence]) -> Dependence:
+    """What a sum of the parts depends on, or a choice among them."""
+    on = {x.on for x in parts} - {None}
+    if not on:
+        return _UNIFORM if all(x.uniform for x in parts) else _NONE
+    return Dependence(on.pop()) if len(on) == 1 else _ANY
