@@ -67,41 +67,56 @@ def per_matrix(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     )(x)
 
 
-def einsum_sharding(subscripts: str, operands: Sequence[jax.Array]) -> NamedSharding | None:
-    """Returns the sharding of an einsum whose contracted dimensions are summed over devices.
+def einsum_layout(
+    subscripts: str, operands: Sequence[jax.Array]
+) -> tuple[list[jax.Array], NamedSharding | None]:
+    """Lays out an einsum so that contracted dimensions are summed over devices.
 
-    A dimension of the result is sharded as in the first operand that shards it; a mesh axis that
-    is already taken by an earlier dimension is dropped.
+    A dimension is sharded as in the first operand that shards it. Operands that do not shard a
+    contracted dimension which another one does are sliced to match: left alone, JAX would gather
+    the other one. In the result, a mesh axis that an earlier dimension has taken is dropped.
 
     Args:
         subscripts: explicit einsum subscripts, with ``->``.
         operands: the arrays.
 
     Returns:
-        The sharding to ask for, or None where no operand is sharded by its type.
+        The operands, and the sharding to ask for, or None where no operand is sharded by its type.
     """
     specs = [spec_of(x) for x in operands]
     mesh = next(
         (jax.typeof(x).sharding.mesh for x, s in zip(operands, specs, strict=True) if any(s)), None
     )
     if mesh is None:
-        return None
+        return list(operands), None
     inputs, output = subscripts.replace(" ", "").split("->")
-    ellipsis_rank = max(
-        len(s) - len(term.replace("...", ""))
-        for term, s in zip(inputs.split(","), specs, strict=True)
-    )
+    terms = inputs.split(",")
+    labels = [_labels(term, len(spec)) for term, spec in zip(terms, specs, strict=True)]
     layout: dict[str | int, _Axes] = {}
-    for term, spec in zip(inputs.split(","), specs, strict=True):
-        for label, axes in zip(_labels(term, len(spec)), spec, strict=True):
+    for names, spec in zip(labels, specs, strict=True):
+        for label, axes in zip(names, spec, strict=True):
             layout[label] = layout.get(label) or axes
+    batch = max(sum(isinstance(label, int) for label in names) for names in labels)
+    result = _labels(output, batch + len(output.replace("...", "")))
+    aligned = []
+    for x, names, spec in zip(operands, labels, specs, strict=True):
+        taken = set().union(*map(_names, spec))
+        wanted = list(spec)
+        for i, label in enumerate(names):
+            free = spec[i] is None and label not in result and not _names(layout[label]) & taken
+            if free and layout[label] is not None:
+                wanted[i] = layout[label]
+                taken |= _names(layout[label])
+        changed = tuple(wanted) != tuple(spec)
+        sharding = NamedSharding(mesh, PartitionSpec(*wanted))
+        aligned.append(jax.sharding.reshard(x, sharding) if changed else x)
     used: set[str] = set()
-    result: list[_Axes] = []
-    for label in _labels(output, ellipsis_rank + len(output.replace("...", ""))):
+    out: list[_Axes] = []
+    for label in result:
         axes = layout[label]
-        result.append(None if _names(axes) & used else axes)
+        out.append(None if _names(axes) & used else axes)
         used |= _names(axes)
-    return NamedSharding(mesh, PartitionSpec(*result))
+    return aligned, NamedSharding(mesh, PartitionSpec(*out))
 
 
 def _names(axes: _Axes) -> set[str]:

@@ -25,6 +25,7 @@ def einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
         The contraction, float32 or float64.
 
     Raises:
+        TypeError: an operand is complex.
         ValueError: ``subscripts`` lacks ``->``.
 
     Example:
@@ -39,18 +40,21 @@ def einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
         raise ValueError(f"subscripts must name the result, as in 'mn,nk->mk'; got {subscripts!r}.")
     arrays = [jnp.asarray(x) for x in operands]
     dtypes = {x.dtype for x in arrays}
+    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
+        raise TypeError(f"operands must be real; got {', '.join(str(x.dtype) for x in arrays)}.")
     if dtypes == {jnp.dtype(jnp.bfloat16)} or dtypes == {jnp.dtype(jnp.float16)}:
         precision, accumulator = None, jnp.float32
     else:
         precision = jax.lax.Precision.HIGHEST
         accumulator = working_dtype(*arrays)
         arrays = [x.astype(accumulator) for x in arrays]
+    arrays, out_sharding = _sharding.einsum_layout(subscripts, arrays)
     return jnp.einsum(
         subscripts,
         *arrays,
         precision=precision,
         preferred_element_type=accumulator,
-        out_sharding=_sharding.einsum_sharding(subscripts, arrays),
+        out_sharding=out_sharding,
     )
 
 

@@ -29,6 +29,7 @@ def range_finder(
     power_iterations: int = 1,
     sketch: SketchKind = "gaussian",
     start: jax.Array | None = None,
+    fallback: jax.Array | None = None,
     sample_fraction: float = 1.0,
     method: OrthonormalizeMethod = "auto",
 ) -> jax.Array:
@@ -53,7 +54,8 @@ def range_finder(
     Half-precision ``g`` is never copied to float32: what it is multiplied by is rounded to its
     dtype instead, and the sums are float32. The rounding disturbs ``P`` no more than that of ``g``.
     Scale does not matter: entries of 1e-30 and 1e30 are fine in float32 and bfloat16. A matrix that
-    is not finite gets the first columns of the identity, and leaves the rest of its batch alone.
+    is not finite, or whose sketch is zero, gets ``fallback``, and leaves the rest of its batch
+    alone.
 
     Args:
         key: a PRNG key. One ``Ω`` is drawn and shared by all matrices of the batch; ``vmap`` over
@@ -66,7 +68,10 @@ def range_finder(
             the ratios of the singular values to a power higher by 2.
         sketch: the distribution of ``Ω``, ``"gaussian"`` or ``"rademacher"``.
         start: an old basis ``(*batch, m, r0)`` with ``r0 <= k``, for a warm start: the first ``r0``
-            columns of ``Y`` are ``G (Gᵀ start)``, and the others come from a fresh sketch.
+            columns of ``Y`` are ``G (Gᵀ start)``, and the others come from a fresh sketch. So do
+            those that ``start`` has lost, where ``Gᵀ start`` is zero.
+        fallback: a basis ``(*batch, m, rank)``, for matrices whose range cannot be found; None for
+            the first columns of the identity.
         sample_fraction: the fraction of the columns of ``g`` that the sketch reads, in (0, 1]. At
             least ``k`` are drawn, without replacement, and shared by the batch. ``start`` and power
             iterations read all of ``g`` in any case. Where Explicit mesh axes shard ``n``, all of
@@ -111,16 +116,26 @@ def range_finder(
                 f"start must be (*batch, m, r0) = {(*g.shape[:-1], 'r0')} with "
                 f"r0 <= min(rank + oversampling, m, n) = {width}; got shape {start.shape}."
             )
+    if fallback is not None:
+        fallback = jnp.asarray(fallback)
+        if fallback.shape != (*g.shape[:-1], rank):
+            raise ValueError(
+                f"fallback must be (*batch, m, rank) = {(*g.shape[:-1], rank)}; got shape "
+                f"{fallback.shape}."
+            )
     # Rounded first, so that 0.1 * 30 = 3.0000000000000004 makes 3 columns.
     samples = max(math.ceil(round(sample_fraction * n, 6)), width)
-    return _range_finder(key, g, start, rank, width, samples, power_iterations, sketch, method)
+    return _range_finder(
+        key, g, start, fallback, rank, width, samples, power_iterations, sketch, method
+    )
 
 
-@functools.partial(jax.jit, static_argnums=range(3, 9))
+@functools.partial(jax.jit, static_argnums=range(4, 10))
 def _range_finder(
     key: jax.Array,
     g: jax.Array,
     start: jax.Array | None,
+    fallback: jax.Array | None,
     rank: int,
     width: int,
     samples: int,
@@ -134,18 +149,26 @@ def _range_finder(
         # Unit columns: the product with G cannot overflow, and old singular vectors stay
         # well-conditioned however fast their singular values decay.
         z, _ = normalize_columns(_transposed_times(g, start))
-        parts.append(_times(g, z))
+        key, key_lost = jax.random.split(key)
+        fresh = make_sketch(sketch, key_lost, z.shape[-2:], z.dtype) / math.sqrt(g.shape[-1])
+        lost = jnp.sum(z * z, axis=-2, keepdims=True) == 0
+        parts.append(_times(g, z + lost * fresh))
         missing -= start.shape[-1]
     if missing:
         parts.append(_sketched(key, g, missing, samples, sketch))
-    q = orthonormalize(jnp.concatenate(parts, axis=-1), method)
+    y = jnp.concatenate(parts, axis=-1)
+    q = orthonormalize(y, method)
     for _ in range(power_iterations):
         z = orthonormalize(_transposed_times(g, q), method)
         q = orthonormalize(_times(g, z), method)
     if width > rank:
         _, _, vh = tall_svd(_transposed_times(g, q))
         q = einsum("...mk,...rk->...mr", q, vh[..., :rank, :])
-    return q
+    if fallback is None:
+        return q
+    _, usable = normalize_columns(y)
+    zeros = jnp.zeros_like(q)  # sums and disjunctions take on its sharding
+    return jnp.where(usable | zeros.astype(bool), q, zeros + fallback.astype(q.dtype))
 
 
 def _sketched(

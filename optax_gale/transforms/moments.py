@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_gale import linalg
-from optax_gale.transforms import trees
+from optax_gale.transforms import shardings, trees
 from optax_gale.transforms.matrices import Projection
 
 MomentKind = Literal["first", "second", "keep"]
@@ -230,8 +230,7 @@ def carry(
     if moments == "reset":
         for k in touched:
             accepted = bases[found[k].leaf][2]
-            accepted = accepted.reshape(accepted.shape + (1,) * (values[k].ndim - accepted.ndim))
-            out[k] = jnp.where(accepted, jnp.zeros_like(values[k]), values[k])
+            out[k] = _where(accepted, jnp.zeros_like(values[k]), values[k])
         return out
     if not touched:
         return out
@@ -240,7 +239,7 @@ def carry(
         moment, value = found[k], values[k].astype(jnp.float32)
         if moment.kind == "keep" or moment.rank_axis is None:
             continue
-        old, new, _ = bases[moment.leaf]
+        old, new, accepted = bases[moment.leaf]
         q = linalg.einsum("...dr,...ds->...rs", new, old)
         if moment.kind == "first":
             carried = _apply(q, value, moment.rank_axis)
@@ -256,8 +255,14 @@ def carry(
                 spread = _apply(q, mean, moment.rank_axis) ** 2
                 spread = spread - _apply(q * q, mean * mean, moment.rank_axis)
                 carried = jnp.abs(carried + c2 * spread)
-        out[k] = carried.astype(values[k].dtype)
+        out[k] = _where(accepted, carried.astype(values[k].dtype), values[k])
     return out
+
+
+def _where(accepted: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """The new moments of the matrices ``(*batch,)`` that took a new projector."""
+    accepted = accepted.reshape(accepted.shape + (1,) * (old.ndim - accepted.ndim))
+    return jnp.where(accepted, shardings.match(new, old), old)
 
 
 def _apply(q: jax.Array, value: jax.Array, rank_axis: int) -> jax.Array:

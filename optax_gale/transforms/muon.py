@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_gale import linalg
+from optax_gale.transforms import shardings
 
 # Quintic Newton-Schulz coefficients of Muon: steepest at zero, singular values end in [0.7, 1.2].
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -62,12 +63,14 @@ def newton_schulz(
     x = x.astype(jnp.float32)
     x = x / (jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True)) + eps)
     x = x.astype(dtype)
-    for _ in range(steps):
+
+    def iterate(_, x):
         g = linalg.einsum(gram, x, x).astype(dtype)
         p = b * g + c * linalg.einsum("...rs,...st->...rt", g, g).astype(dtype)
         moved = linalg.einsum(apply, p, x) if wide else linalg.einsum(apply, x, p)
-        x = (a * x + moved).astype(dtype)
-    return x
+        return shardings.match((a * x + moved).astype(dtype), x)
+
+    return jax.lax.fori_loop(0, steps, iterate, x)
 
 
 def scale_by_orthogonalized_momentum(

@@ -46,8 +46,9 @@ def gale_project(
     ``chain(gale_project(rank), *inner)`` is ``gale(chain(*inner), rank)``.
 
     ``optax.chain`` builds every stage's state from the full-size parameters, so no stage can shrink
-    its neighbour's. There this stage returns ``P P^T G``, at the parameter's shape: training works,
-    moments are full size, and a `GaleProjectWarning` says so once.
+    its neighbour's. There this stage returns ``scale P P^T G``, at the parameter's shape: training
+    works, moments are full size, and a `GaleProjectWarning` says so once. The scale then comes
+    before the following stages, and Adam is blind to it.
 
     Args:
       rank: see `gale`, as all the options.
@@ -136,9 +137,9 @@ def chain(*args: optax.GradientTransformation) -> optax.GradientTransformationEx
             "different ranks in different leaves, give one of them a tree or a callable as `rank`."
         )
     if not stages:
-        return optax.with_extra_args_support(optax.chain(*args))
+        return optax.with_extra_args_support(optax.chain(*(args or (optax.identity(),))))
     (i,) = stages
     stage = args[i]
     assert isinstance(stage, _ProjectStage)
-    inner = wrap(optax.chain(*args[i + 1 :]), stage.options)
+    inner = wrap(optax.chain(*(args[i + 1 :] or (optax.identity(),))), stage.options)
     return optax.with_extra_args_support(optax.chain(*args[:i], inner))

@@ -83,17 +83,21 @@ def refreshed(
             g = gradients[leaf].g
             if unit.size is not None and unit.slots > 1:
                 due = planned.slot(unit, step) * unit.size
-                # The last slice is as long as the others: it reaches back where they do not fit.
-                start = jnp.minimum(due, p.shape[0] - unit.size)
-                g, p = (jax.lax.dynamic_slice_in_dim(x, start, unit.size) for x in (g, p))
+                # A stack spread over devices cannot be sliced: all of it is computed, and masked.
+                if not any((shardings.explicit_spec(x) or [None])[0] for x in (g, p)):
+                    # The last slice is as long as the others: it reaches back to fit.
+                    start = jnp.minimum(due, p.shape[0] - unit.size)
+                    g, p = (jax.lax.dynamic_slice_in_dim(x, start, unit.size) for x in (g, p))
             key = jax.random.fold_in(options.key(), zlib.crc32(gradients[leaf].path.encode()))
             new, accepted = _find(
                 options, gradients[leaf].projection, g, p, jax.random.fold_in(key, step)
             )
             if masked:
                 accepted = accepted & planned.due(position, step, gaps[position])
-            if start is not None and due is not None:
-                turn = start + jnp.arange(unit.size) >= due
+            if due is not None:
+                position_in_stack = jnp.arange(p.shape[0]) + (0 if start is None else start)
+                turn = (position_in_stack >= due) & (position_in_stack < due + unit.size)
+                turn = shardings.match(turn, accepted[(slice(None),) + (0,) * (accepted.ndim - 1)])
                 accepted = accepted & turn.reshape(-1, *(1,) * (accepted.ndim - 1))
             new = jnp.where(accepted[..., None, None], new, p)
             bases[leaf] = (p, new, accepted)

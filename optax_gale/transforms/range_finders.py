@@ -37,8 +37,8 @@ class Sketch:
       power_iterations: steps of subspace iteration; each reads the gradient twice.
       sketch: distribution of Omega, ``"gaussian"`` or ``"rademacher"``.
       sample_fraction: share of the gradient's columns that the sketch reads.
-      warm_start: start from the projector in use instead of a random sketch. The key then plays no
-        part, and a subspace that has lost its gradient recovers only through the iteration.
+      warm_start: start from the projector in use instead of a random sketch, except where it has
+        lost the gradient.
 
     Example:
       >>> import optax, optax_gale
@@ -94,6 +94,7 @@ class Sketch:
             power_iterations=self.power_iterations - int(self.warm_start),
             sketch=self.sketch,
             start=previous if self.warm_start else None,
+            fallback=previous,
             sample_fraction=self.sample_fraction,
         )
 

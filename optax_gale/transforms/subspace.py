@@ -81,7 +81,9 @@ def _boxed(leaf: trees.Leaf, x: jax.Array, derive: Callable[[Sequence[Any]], Seq
     return trees.rebox(leaf.box, x, None if names is None else derive(names))
 
 
-def project(options: Options, leaf: trees.Leaf, matrix: MatrixLeaf | None, p: Any) -> Any:
+def project(
+    options: Options, leaf: trees.Leaf, matrix: MatrixLeaf | None, p: Any, weight: Any
+) -> Any:
     """What the inner's `update` sees for a gradient: ``P^T G`` or ``G P``, or the gradient."""
     if matrix is None:
         return trees.rebox(leaf.box, _as_state(options, leaf.value))
@@ -90,7 +92,8 @@ def project(options: Options, leaf: trees.Leaf, matrix: MatrixLeaf | None, p: An
         r = linalg.einsum("...dr,...dn->...rn", p, matrix.g)
     else:
         r = linalg.einsum("...md,...dr->...mr", matrix.g, p)
-    dtype = leaf.value.dtype if options.state_dtype is None else options.state_dtype
+    dtype = leaf.value.dtype if weight is None else weight.dtype
+    dtype = dtype if options.state_dtype is None else options.state_dtype
     names = trees.box_names(leaf.box)
     derived = None if names is None else matrix.projection.subspace_names(names)
     return trees.rebox(leaf.box, r.astype(dtype), derived)

@@ -185,8 +185,10 @@ class _Step:
     def _project(self):
         return self.treedef.unflatten(
             [
-                subspace.project(self.options, leaf, matrix, p)
-                for leaf, matrix, p in zip(self.leaves, self.matrices, self.projectors, strict=True)
+                subspace.project(self.options, leaf, matrix, p, weight)
+                for leaf, matrix, p, weight in zip(
+                    self.leaves, self.matrices, self.projectors, self.weights, strict=True
+                )
             ]
         )
 
@@ -240,7 +242,7 @@ class _Step:
                     scale = scale * self.options.shape_scale(matrix.projection.view)
                 u = matrix.projection.view.from_matrix(step * scale)
                 if weight is not None:
-                    u = u + self.decays[i] * weight.astype(jnp.float32)
+                    u = u + self.decays[i] * weight.astype(u.dtype)
             out.append(trees.rebox(leaf.box, u.astype(dtype)))
         return self.treedef.unflatten(out)
 

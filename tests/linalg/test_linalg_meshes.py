@@ -50,6 +50,8 @@ def largest_transfer(program):
     [
         (AxisType.Explicit, P("layer", "x", "y")),
         (AxisType.Explicit, P(None, ("x", "y"), None)),
+        (AxisType.Explicit, P(None, None, "y")),
+        (AxisType.Explicit, P("layer", None, ("x", "y"))),
         (AxisType.Auto, P("layer", "x", "y")),
     ],
     ids=str,
