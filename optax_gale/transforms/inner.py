@@ -134,6 +134,26 @@ def _refuse_copies(names: str, of_state: Any) -> None:
         )
 
 
+def probe(
+    inner: optax.GradientTransformationExtraArgs,
+    tree: Any,
+    projected: Sequence[bool],
+    size: float,
+) -> Any | None:
+    """The inner's state after one step on a few numbers, with gradients of the given size.
+
+    None where its hyperparameters are traced.
+    """
+    random = np.random.default_rng(0)
+    sample = lambda shape: size * random.uniform(1.0, 2.0, shape)
+    try:
+        with jax.ensure_compile_time_eval():
+            zeros, grads = (_small(tree, projected, make) for make in (np.zeros, sample))
+            return inner.update(grads, inner.init(zeros), zeros, value=jnp.ones(()))[1]
+    except jax.errors.JAXTypeError:
+        return None
+
+
 def direction(
     inner: optax.GradientTransformationExtraArgs, tree: Any, projected: Sequence[bool]
 ) -> jax.Array | float:

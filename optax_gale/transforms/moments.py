@@ -1,8 +1,8 @@
 """Carrying the inner optimizer's moments from one subspace to the next.
 
 A moment is found in the inner's state by its place and its name: it belongs to a projected leaf, it
-has the shape of the projected gradient R, and the field that holds it says whether it is linear in
-the gradients (a first moment) or quadratic (a second moment).
+has the shape of the projected gradient R, and the field that holds it says how it depends on the
+gradients (see `Rotate`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from optax_gale import linalg
 from optax_gale.transforms import shardings, trees
 from optax_gale.transforms.matrices import Projection
 
-MomentKind = Literal["first", "second", "keep"]
+MomentKind = Literal["first", "second", "variance", "norm", "keep"]
 
 # Fields of the states of Optax's transformations that hold an array a parameter.
 _FIELDS: Mapping[str, MomentKind] = {
@@ -46,6 +46,12 @@ _FIELDS: Mapping[str, MomentKind] = {
     "v_col": "second",  # adafactor
     "step_sizes": "keep",  # rprop
 }
+# States whose fields mean something else than their names say.
+_STATES: Mapping[str, Mapping[str, MomentKind | None]] = {
+    "ScaleByBeliefState": {"nu": "variance"},
+    # A momentum of scaled updates, beside maxima over rows and columns: neither can be rotated.
+    "ScaleBySM3State": {"nu": None},
+}
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,18 @@ class Rotate:
     With ``Q = P_new^T P_old``, a first moment becomes ``Q M``. A second moment whose state also
     holds a first one becomes, in terms of their bias-corrected values,
     ``|Q^2 (V - M^2) + (Q M)^2|`` (squares elementwise): the mean is rotated exactly, and the
-    variance as that of uncorrelated components. A second moment alone becomes ``Q^2 V``.
+    variance as that of uncorrelated components. A second moment alone becomes ``Q^2 V``, as does a
+    variance (an average of squares from which the mean was taken), and a norm, of the gradient's
+    first power, ``sqrt(Q^2 N^2)``.
 
     Attributes:
-      fields: kind (``"first"``, ``"second"`` or ``"keep"``) of state fields that Optax's own
-        transformations do not have.
+      fields: kind (``"first"``, ``"second"``, ``"variance"``, ``"norm"`` or ``"keep"``) of state
+        fields that Optax's own transformations do not have, or that mean something else.
+
+    Example:
+      >>> import optax, optax_gale
+      >>> infinity_norm = optax_gale.Rotate({"nu": "norm"})
+      >>> tx = optax_gale.gale(optax.adamax(1e-3), rank=32, moments=infinity_norm)
 
     References:
       Robert et al., `LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics
@@ -140,7 +153,7 @@ def find(
         shape = jnp.shape(trees.unbox(boxed))
         name, node = _last_key(owner), owner[:-1]
         siblings = {_last_key(p[: len(node) + 1]) for p, _ in arrays if p[: len(node)] == node}
-        kind = _kind(name, siblings, extra)
+        kind = _kind(name, type(_at(inner_state, node)).__name__, siblings, extra)
         is_full = shape == projection.subspace_shape
         if is_full and kind is None and moments != "reset":
             raise ValueError(
@@ -166,9 +179,25 @@ def _last_key(path: tuple[Any, ...]) -> str:
     return str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))))
 
 
-def _kind(name: str, siblings: set[str], extra: Mapping[str, MomentKind]) -> MomentKind | None:
+def _at(state: Any, path: tuple[Any, ...]) -> Any:
+    """The part of a state that a key path leads to."""
+    for key in path:
+        if hasattr(key, "name"):
+            state = getattr(state, key.name)
+        elif hasattr(key, "key") and not isinstance(state, (dict, Mapping)):
+            return None  # inside a node whose children have numbers only
+        else:
+            state = state[key.key if hasattr(key, "key") else key.idx]
+    return state
+
+
+def _kind(
+    name: str, state: str, siblings: set[str], extra: Mapping[str, MomentKind]
+) -> MomentKind | None:
     if name in extra:
         return extra[name]
+    if name in _STATES.get(state, {}):
+        return _STATES[state][name]
     if name == "v" and "v_row" in siblings:
         return "second"
     return _FIELDS.get(name)
@@ -243,6 +272,8 @@ def carry(
         q = linalg.einsum("...dr,...ds->...rs", new, old)
         if moment.kind == "first":
             carried = _apply(q, value, moment.rank_axis)
+        elif moment.kind == "norm":
+            carried = jnp.sqrt(_apply(q * q, value * value, moment.rank_axis))
         else:
             carried = _apply(q * q, value, moment.rank_axis)
             partner = _partner(found, moment)
@@ -282,4 +313,31 @@ def _partner(found: Sequence[Moment], second: Moment) -> int | None:
         if (moment.leaf, moment.node, moment.kind) == (second.leaf, second.node, "first")
         and moment.full
     ]
-    return firsts[0] if len(firsts) == 1 and second.full else None
+    return firsts[0] if len(firsts) == 1 and second.full and second.kind == "second" else None
+
+
+def check_powers(found: Sequence[Moment], once: Any, doubled: Any) -> None:
+    """Checks that what is taken for a second moment grows with the gradient's square.
+
+    Args:
+      found: the moments.
+      once: the inner's state after one step on a few numbers.
+      doubled: the same with a gradient twice as large.
+
+    Raises:
+      ValueError: if one of them grows with its first power.
+    """
+    small, large = jax.tree.leaves(once), jax.tree_util.tree_flatten_with_path(doubled)[0]
+    for moment in found:
+        if moment.kind != "second":
+            continue
+        path, x = large[moment.index]
+        # In NumPy: these arrays are concrete also where `init` is traced.
+        size = np.abs(np.asarray(small[moment.index], np.float64)).sum()
+        if size and abs(np.abs(np.asarray(x, np.float64)).sum() / size - 2) < 0.1:
+            name = _last_key(path[: len(moment.node) + 1])
+            raise ValueError(
+                f"The inner's state{jax.tree_util.keystr(path)} is called like a second moment, "
+                "but grows with the gradient, not with its square. Say that it is a norm with "
+                f"moments=optax_gale.Rotate({{'{name}': 'norm'}}), or use moments='keep'."
+            )

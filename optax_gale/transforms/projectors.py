@@ -191,21 +191,33 @@ class InnerMoments:
         ]
 
     def _decay_rates(self) -> list[jax.Array]:
-        """How much of every moment survives a step: the derivative of its update."""
+        """How much of every moment survives a step: the derivative of its update.
+
+        By itself, that is: one derivative a kind, since a second moment's update may read the
+        first one.
+        """
 
         def step(values):
             leaves = jax.tree.leaves(self._advance(self.replaced(values)))
             return [leaves[moment.index] for moment in self._found]
 
         # Half precision would round a second moment's 0.999 to 1.
+        kinds = [moment.kind for moment in self._found]
         wide = [
-            value.astype(jnp.float32) if moment.kind == "second" else value
-            for moment, value in zip(self._found, self.values, strict=True)
+            value.astype(jnp.float32) if kind == "second" else value
+            for kind, value in zip(kinds, self.values, strict=True)
         ]
-        _, tangents = jax.jvp(step, (wide,), ([jnp.ones_like(v) for v in wide],))
-        return [
-            jnp.clip(shardings.first_element(t).astype(jnp.float32), 0.0, 1.0) for t in tangents
-        ]
+        _, linear = jax.linearize(step, wide)
+        rates = [jnp.zeros(())] * len(kinds)
+        for kind in ("first", "second"):
+            ones = [
+                jnp.full_like(v, float(k == kind)) for k, v in zip(kinds, wide, strict=True)
+            ]
+            for i, tangent in enumerate(linear(ones)):
+                if kinds[i] == kind:
+                    rate = shardings.first_element(tangent).astype(jnp.float32)
+                    rates[i] = jnp.clip(rate, 0.0, 1.0)
+        return rates
 
 
 def inner_of(

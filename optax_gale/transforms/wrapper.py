@@ -69,7 +69,11 @@ def wrap(
         run = projectors_lib.inner_of(inner, full_rank, treedef, projected)
         inner_state = run.init(proxies)
         inner_lib.examine(run, inner_state, proxies, projected)
-        moments_lib.find(inner_state, trees.key_paths(params), chosen, options.moments)
+        found = moments_lib.find(inner_state, trees.key_paths(params), chosen, options.moments)
+        if options.moments != "reset" and any(moment.kind == "second" for moment in found):
+            once, doubled = (inner_lib.probe(run, proxies, projected, size) for size in (1.0, 2.0))
+            if once is not None:
+                moments_lib.check_powers(found, once, doubled)
         return GaleState(
             count=jnp.zeros((), jnp.int32),
             projector=treedef.unflatten(
