@@ -290,6 +290,12 @@ def gale_adafactor(
       Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024.
     """
     options = Options.of(locals())
+    if isinstance(min_dim_size_to_factor, jax.core.Tracer):
+        raise TypeError(
+            "`min_dim_size_to_factor` sets the shapes of the optimizer's state, so it must be a "
+            "Python int. Under `optax.inject_hyperparams`, pass "
+            "static_args=('min_dim_size_to_factor',)."
+        )
     stages = [
         optax.adafactor(
             learning_rate=None,
@@ -387,7 +393,7 @@ def gale_sgd(
     learning_rate: optax.ScalarOrSchedule,
     rank: Any = 128,
     *,
-    momentum: jax.typing.ArrayLike = 0.9,
+    momentum: jax.typing.ArrayLike | None = 0.9,
     nesterov: bool = False,
     accumulator_dtype: Any = None,
     weight_decay: jax.typing.ArrayLike = 0.0,
@@ -413,7 +419,7 @@ def gale_sgd(
     Args:
       learning_rate: step size, a number or a schedule.
       rank: rank of the subspaces; see `gale`.
-      momentum: decay rate of the momentum.
+      momentum: decay rate of the momentum; None for no momentum.
       nesterov: whether to use Nesterov momentum.
       accumulator_dtype: dtype of the momentum; None for the parameters'.
       weight_decay: decoupled decay of the whole weight, multiplied by the learning rate.
@@ -453,7 +459,9 @@ def gale_sgd(
     """
     options = Options.of(locals())
     inner = optax.chain(
-        optax.trace(momentum, nesterov=nesterov, accumulator_dtype=accumulator_dtype),
+        optax.identity()
+        if momentum is None
+        else optax.trace(momentum, nesterov=nesterov, accumulator_dtype=accumulator_dtype),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

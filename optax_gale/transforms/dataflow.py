@@ -22,7 +22,7 @@ class Dependence(NamedTuple):
       uniform: whether it depends on nothing watched and all its elements are alike.
     """
 
-    on: None | int | str
+    on: int | str | None
     uniform: bool = False
 
     @property

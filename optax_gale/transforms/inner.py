@@ -90,7 +90,6 @@ def examine(
     """
     if not any(projected):
         return
-    leaves, treedef = jax.tree.flatten(tree)
     names = ", ".join(sorted(_state_names(state))) or "no named state"
     numbers = [i if p else None for i, p in enumerate(projected)]
     of_init = dataflow.dependences(inner.init, (tree,), numbers)
@@ -99,7 +98,7 @@ def examine(
     def update(params, grads, state):
         return inner.update(grads, state, params, value=jnp.ones(()))
 
-    watched = [*numbers, *[None] * (len(leaves) + len(jax.tree.leaves(state)))]
+    watched = [*numbers, *[None] * (len(numbers) + len(jax.tree.leaves(state)))]
     try:
         of_updates, of_state = dataflow.dependences(update, (tree, tree, state), watched)
     except jax.errors.JAXTypeError as error:

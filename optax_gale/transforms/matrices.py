@@ -1,7 +1,8 @@
 """Seeing a parameter as a stack of matrices, and as a matrix in a subspace."""
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -108,8 +109,14 @@ class MatrixView:
 
 
 def _axes(path: str, shape: tuple[int, ...], name: str, axes: Any) -> tuple[int, ...]:
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
     ndim = len(shape)
+    try:
+        axes = tuple(map(operator.index, axes if isinstance(axes, Iterable) else (axes,)))
+    except TypeError as error:
+        raise TypeError(
+            f"Dimension numbers of '{path}' (shape {shape}): {name}={axes!r} must be an int or a "
+            "sequence of ints."
+        ) from error
     if not axes or any(not -ndim <= axis < ndim for axis in axes):
         raise ValueError(
             f"Dimension numbers of '{path}' (shape {shape}): {name}={axes} must name at least one "

@@ -153,7 +153,10 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
         owner = next((i for i in longest_first if trees.endswith(path, paths[i])), None)
         if owner is None or (not np.shape(trees.unbox(x)) and leaves[owner].value.shape):
             other += size
-        elif any(getattr(key, "name", None) == "projector" for key in path):
+        elif any(
+            getattr(key, "name", None) == "projector"
+            for key in path[: len(path) - len(paths[owner])]
+        ):
             projectors[owner] += size
         else:
             moments[owner] += size
@@ -174,11 +177,11 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
 
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.ShapeDtypeStruct(np.shape(x), jax.numpy.result_type(x))
 
 
 def _size(x: Any) -> int:
-    return math.prod(x.shape) * np.dtype(x.dtype).itemsize
+    return math.prod(x.shape) * x.dtype.itemsize  # of keys too, which NumPy does not know
 
 
 def _describe(choice: selection.Choice) -> str:

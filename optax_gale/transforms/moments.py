@@ -316,10 +316,11 @@ def _partner(found: Sequence[Moment], second: Moment) -> int | None:
     return firsts[0] if len(firsts) == 1 and second.full and second.kind == "second" else None
 
 
-def check_powers(found: Sequence[Moment], once: Any, doubled: Any) -> None:
+def check_powers(moments: Moments, found: Sequence[Moment], once: Any, doubled: Any) -> None:
     """Checks that what is taken for a second moment grows with the gradient's square.
 
     Args:
+      moments: the option, whose word on a field is taken.
       found: the moments.
       once: the inner's state after one step on a few numbers.
       doubled: the same with a gradient twice as large.
@@ -327,15 +328,16 @@ def check_powers(found: Sequence[Moment], once: Any, doubled: Any) -> None:
     Raises:
       ValueError: if one of them grows with its first power.
     """
+    told = moments.fields if isinstance(moments, Rotate) else {}
     small, large = jax.tree.leaves(once), jax.tree_util.tree_flatten_with_path(doubled)[0]
     for moment in found:
-        if moment.kind != "second":
-            continue
         path, x = large[moment.index]
+        name = _last_key(path[: len(moment.node) + 1])
+        if moment.kind != "second" or name in told:
+            continue
         # In NumPy: these arrays are concrete also where `init` is traced.
         size = np.abs(np.asarray(small[moment.index], np.float64)).sum()
         if size and abs(np.abs(np.asarray(x, np.float64)).sum() / size - 2) < 0.1:
-            name = _last_key(path[: len(moment.node) + 1])
             raise ValueError(
                 f"The inner's state{jax.tree_util.keystr(path)} is called like a second moment, "
                 "but grows with the gradient, not with its square. Say that it is a norm with "

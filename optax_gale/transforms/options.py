@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_gale.transforms import moments as moments_lib
 from optax_gale.transforms import range_finders, refresh, selection
@@ -42,13 +43,17 @@ class Options:
 
     def __post_init__(self):
         """Raises ValueError or TypeError on a bad option."""
-        if isinstance(self.rank, (int, float, str)):
+        if isinstance(self.rank, (int, float, str)) or self.rank is None:
             selection.check_rank(self.rank)
         if isinstance(self.update_proj_gap, (int, float, str)):
             refresh.check_gap(self.update_proj_gap)
         _check_one_of("side", self.side, ("short", "long"))
         _check_one_of("residual", self.residual, (None, "fira"))
         _check_one_of("refresh_schedule", self.refresh_schedule, ("together", "staggered"))
+        if isinstance(self.scale, str) or self.scale is None:
+            check_scale(self.scale)
+        if not _is_integer(self.seed):
+            raise TypeError(f"`seed` must be an int, got {self.seed!r}.")
         moments_lib.check(self.moments)
         range_finders.resolve(self.range_finder)
         for name in ("state_dtype", "projector_dtype"):
@@ -67,6 +72,18 @@ class Options:
     def key(self) -> jax.Array:
         """The key that every random choice derives from."""
         return jax.random.key(self.seed, impl="threefry2x32")
+
+
+def check_scale(scale: Any, where: str = "") -> None:
+    """Raises TypeError unless ``scale`` is a number (or traced)."""
+    if isinstance(scale, str) or np.ndim(scale) or not hasattr(scale, "__mul__"):
+        raise TypeError(f"`scale`{where} must be a number, got {scale!r}.")
+
+
+def _is_integer(x: Any) -> bool:
+    if isinstance(x, (jax.Array, np.ndarray)):
+        return bool(jnp.issubdtype(x.dtype, jnp.integer)) and not x.ndim
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
 
 
 def _check_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

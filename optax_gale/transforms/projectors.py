@@ -32,8 +32,7 @@ def plan(
     all_gaps = trees.per_leaf("update_proj_gap", options.update_proj_gap, tree, leaves)
     for leaf, gap, projection in zip(leaves, all_gaps, projections, strict=True):
         if projection is not None:
-            refresh.check_gap(gap, f" of '{leaf.path}'" if leaf.path else "")
-            gaps.append(gap)
+            gaps.append(refresh.check_gap(gap, f" of '{leaf.path}'" if leaf.path else ""))
             lengths.append(projection.view.batch_shape[0] if projection.view.batch_axes else 1)
     if not gaps:
         return None
@@ -210,9 +209,7 @@ class InnerMoments:
         _, linear = jax.linearize(step, wide)
         rates = [jnp.zeros(())] * len(kinds)
         for kind in ("first", "second"):
-            ones = [
-                jnp.full_like(v, float(k == kind)) for k, v in zip(kinds, wide, strict=True)
-            ]
+            ones = [jnp.full_like(v, float(k == kind)) for k, v in zip(kinds, wide, strict=True)]
             for i, tangent in enumerate(linear(ones)):
                 if kinds[i] == kind:
                     rate = shardings.first_element(tangent).astype(jnp.float32)

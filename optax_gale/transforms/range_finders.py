@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_gale import linalg
 
@@ -60,8 +61,12 @@ class Sketch:
         """Checks the options.
 
         Raises:
+          TypeError: if one of them has the wrong type.
           ValueError: if one of them is out of range.
         """
+        for name in ("oversampling", "power_iterations"):
+            if not isinstance(getattr(self, name), (int, np.integer)):
+                raise TypeError(f"Sketch: `{name}` must be an int, got {getattr(self, name)!r}.")
         if self.oversampling < 0 or self.power_iterations < 0:
             raise ValueError(
                 "Sketch: `oversampling` and `power_iterations` must be 0 or more, got "

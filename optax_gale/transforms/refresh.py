@@ -33,14 +33,21 @@ class Unit:
     slots: int = 1
 
 
-def check_gap(gap: Any, where: str = "") -> None:
-    """Raises unless ``gap`` is a whole number of steps, at least 1 (or traced)."""
+def check_gap(gap: Any, where: str = "") -> Any:
+    """Returns ``gap`` as an int, or as it is if it is traced.
+
+    Raises:
+      TypeError: if it is not a whole number of steps.
+      ValueError: if it is less than 1.
+    """
     if isinstance(gap, jax.core.Tracer):
-        return
-    if isinstance(gap, bool) or not np.issubdtype(np.asarray(gap).dtype, np.integer):
+        return gap
+    value = np.asarray(gap)  # of a concrete array also where other things are traced
+    if value.dtype == bool or not np.issubdtype(value.dtype, np.integer) or value.ndim:
         raise TypeError(f"`update_proj_gap`{where} must be an int, got {gap!r}.")
-    if gap < 1:
+    if value < 1:
         raise ValueError(f"`update_proj_gap`{where} must be at least 1, got {gap}.")
+    return int(value)
 
 
 class Together:
@@ -48,8 +55,12 @@ class Together:
 
     def __init__(self, gaps: Sequence[Any]):
         """Groups leaves by gap; ``gaps`` holds one for every projected leaf."""
-        static = not any(isinstance(gap, jax.Array) for gap in gaps)
-        if not static:  # one gap, known at run time only
+        if any(isinstance(gap, jax.core.Tracer) for gap in gaps):
+            if any(gap is not gaps[0] for gap in gaps):
+                raise ValueError(
+                    "`update_proj_gap` must be one number for the whole tree where it is traced; "
+                    "several gaps must be Python ints."
+                )
             self.gaps: list[Any] = [gaps[0]]
             patterns: list[tuple[bool, ...]] = [(True,)]
             members = [tuple(range(len(gaps)))]
@@ -108,7 +119,7 @@ class Staggered:
           gaps: the gap of every projected leaf; they must agree.
           lengths: matrices of every leaf along its first batch axis (1 if it has none).
         """
-        if any(isinstance(gap, jax.Array) for gap in gaps) or len(set(gaps)) > 1:
+        if any(isinstance(gap, jax.core.Tracer) for gap in gaps) or len(set(gaps)) > 1:
             raise ValueError(
                 "refresh_schedule='staggered' needs one `update_proj_gap`, a Python int, for the "
                 f"whole tree, got {sorted(set(map(str, gaps)))}. Use 'together' for several gaps."

@@ -18,7 +18,8 @@ Side = Literal["short", "long"]
 # full rank: the embeddings' gradients are sparse in rows, and projecting the LM head costs four
 # points of perplexity on LLaMA-60M.
 _NOT_PROJECTED = re.compile(
-    r"(.*embed.*|wte|wpe|(lm_|output_)?head|logits|.*norm.*|ln|ln_.*|.*_ln|bias|scale)",
+    r"(.*embed.*|emb|.*_emb|wte|wpe|(lm_|output_)?head|lm_head_.*|logits|logits_.*"
+    r"|.*norm.*|rms|ln\d*|ln_.*|.*_ln|bias|scale|offset|beta|gamma|cls_token)",
     re.IGNORECASE,
 )
 
@@ -170,6 +171,8 @@ def choose(
         projection = None
         if len(shape) < 2:
             reason = "a scalar" if not shape else "a vector"
+        elif 0 in shape:
+            reason = "empty"
         elif not jax.numpy.issubdtype(leaf.value.dtype, jax.numpy.floating):
             reason = f"{leaf.value.dtype} is not a real floating type"
         elif chosen and not trees.is_nothing(leaf_rank):

@@ -53,6 +53,22 @@ def matrices(
     return out
 
 
+def check_sharding(leaf: trees.Leaf, projection: Projection) -> None:
+    """Raises ValueError where merging a weight's axes would move it between devices."""
+    spec = shardings.explicit_spec(leaf.value)
+    if spec is None:
+        return
+    for axes in (projection.view.row_axes, projection.view.column_axes):
+        later = [axis for axis in axes[1:] if spec[axis] is not None and leaf.value.shape[axis] > 1]
+        if later:
+            raise ValueError(
+                f"'{leaf.path}' (shape {leaf.value.shape}) is sharded as {spec} on a mesh with "
+                f"Explicit axes, and its axes {axes} are merged into one side of a matrix, of "
+                f"which only the first can be sharded. Shard axis {axes[0]} instead of "
+                f"{later[0]} (heads instead of head_dim)."
+            )
+
+
 def proxy(options: Options, leaf: trees.Leaf, projection: Projection | None) -> Any:
     """What the inner's `init` sees for a parameter: zeros in the subspace, or the parameter."""
     if projection is None:

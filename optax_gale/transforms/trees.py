@@ -66,11 +66,16 @@ def flatten(tree: Any) -> tuple[list[Leaf], Any]:
     return [
         Leaf(
             jax.tree_util.keystr(path, simple=True, separator="/"),
-            unbox(x),
+            _as_array(unbox(x)),
             x if is_box(x) else None,
         )
         for path, x in leaves
     ], treedef
+
+
+def _as_array(x: Any) -> Any:
+    """A Python number as an array, which JAX takes it for; anything else as it is."""
+    return x if hasattr(x, "shape") else np.asarray(x, jax.dtypes.canonicalize_dtype(type(x)))
 
 
 def is_nothing(x: Any) -> bool:

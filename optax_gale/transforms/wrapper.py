@@ -4,6 +4,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_gale.transforms import inner as inner_lib
@@ -12,7 +13,7 @@ from optax_gale.transforms import projectors as projectors_lib
 from optax_gale.transforms import residual as residual_lib
 from optax_gale.transforms import selection, subspace, trees
 from optax_gale.transforms.moments import Moments
-from optax_gale.transforms.options import Options
+from optax_gale.transforms.options import Options, check_scale
 from optax_gale.transforms.range_finders import RangeFinder, RangeFinderName
 from optax_gale.transforms.refresh import RefreshSchedule
 from optax_gale.transforms.residual import Residual
@@ -61,8 +62,12 @@ def wrap(
         selection.record(choices)
         chosen = [choice.projection for choice in choices]
         projected = [p is not None for p in chosen]
-        projectors_lib.plan(options, params, leaves, chosen)  # raises on a bad gap,
-        trees.per_leaf("scale", options.scale, params, leaves)  # and this on a bad tree of scales
+        projectors_lib.plan(options, params, leaves, chosen)  # raises on a bad gap
+        scales = trees.per_leaf("scale", options.scale, params, leaves)
+        for leaf, scale, projection in zip(leaves, scales, chosen, strict=True):
+            if projection is not None:
+                check_scale(scale, f" of '{leaf.path}'")
+                subspace.check_sharding(leaf, projection)
         proxies = treedef.unflatten(
             [subspace.proxy(options, leaf, p) for leaf, p in zip(leaves, chosen, strict=True)]
         )
@@ -73,7 +78,7 @@ def wrap(
         if options.moments != "reset" and any(moment.kind == "second" for moment in found):
             once, doubled = (inner_lib.probe(run, proxies, projected, size) for size in (1.0, 2.0))
             if once is not None:
-                moments_lib.check_powers(found, once, doubled)
+                moments_lib.check_powers(options.moments, found, once, doubled)
         return GaleState(
             count=jnp.zeros((), jnp.int32),
             projector=treedef.unflatten(
@@ -101,6 +106,8 @@ def wrap(
         refresh: bool | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaleState]:
+        if isinstance(refresh, np.bool_):
+            refresh = bool(refresh)
         if refresh is not None and not isinstance(refresh, bool):
             raise TypeError(
                 "`refresh` must be True, False or None, and static under jit (two executables, no "
