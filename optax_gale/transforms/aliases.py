@@ -296,6 +296,7 @@ def gale_adafactor(
             "Python int. Under `optax.inject_hyperparams`, pass "
             "static_args=('min_dim_size_to_factor',)."
         )
+    min_dim_size_to_factor = int(min_dim_size_to_factor)
     stages = [
         optax.adafactor(
             learning_rate=None,

@@ -92,14 +92,13 @@ def examine(
         return
     names = ", ".join(sorted(_state_names(state))) or "no named state"
     numbers = [i if p else None for i, p in enumerate(projected)]
-    of_init = dataflow.dependences(inner.init, (tree,), numbers)
-    _refuse_copies(names, of_init)
 
     def update(params, grads, state):
         return inner.update(grads, state, params, value=jnp.ones(()))
 
     watched = [*numbers, *[None] * (len(numbers) + len(jax.tree.leaves(state)))]
     try:
+        of_init = dataflow.dependences(inner.init, (tree,), numbers)
         of_updates, of_state = dataflow.dependences(update, (tree, tree, state), watched)
     except jax.errors.JAXTypeError as error:
         raise ValueError(
@@ -113,7 +112,7 @@ def examine(
             "loss or its curvature at the whole parameters (line searches, Hessians), or needs an "
             "argument of its own, put it outside the wrapper."
         ) from error
-    _refuse_copies(names, of_state)
+    _refuse_copies(names, (of_init, of_state))
     is_dependence = lambda x: isinstance(x, dataflow.Dependence)
     for i, found in enumerate(jax.tree.leaves(of_updates, is_leaf=is_dependence)):
         if found.on is not None and not (projected[i] and found.is_affine_in == i):

@@ -76,26 +76,27 @@ def refreshed(
 
     def refresh_unit(unit: refresh.Unit, step: jax.Array, masked: bool):
         out, bases = list(current), {}
-        start = due = None
+        size = unit.size if unit.size is not None and unit.slots > 1 else None
+        start: Any = None
         for position in unit.leaves:
             leaf, p = where[position], current[position]
             g = gradients[leaf].g
-            if unit.size is not None and unit.slots > 1:
-                due = planned.slot(unit, step) * unit.size
+            if size is not None:
+                due = planned.slot(unit, step) * size
                 # A stack spread over devices cannot be sliced: all of it is computed, and masked.
                 if not any((shardings.explicit_spec(x) or [None])[0] for x in (g, p)):
                     # The last slice is as long as the others: it reaches back to fit.
-                    start = jnp.minimum(due, p.shape[0] - unit.size)
-                    g, p = (jax.lax.dynamic_slice_in_dim(x, start, unit.size) for x in (g, p))
+                    start = jnp.minimum(due, p.shape[0] - size)
+                    g, p = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (g, p))
             key = jax.random.fold_in(options.key(), zlib.crc32(gradients[leaf].path.encode()))
             new, accepted = _find(
                 options, gradients[leaf].projection, g, p, jax.random.fold_in(key, step)
             )
             if masked:
                 accepted = accepted & planned.due(position, step, gaps[position])
-            if due is not None:
+            if size is not None:
                 position_in_stack = jnp.arange(p.shape[0]) + (0 if start is None else start)
-                turn = (position_in_stack >= due) & (position_in_stack < due + unit.size)
+                turn = (position_in_stack >= due) & (position_in_stack < due + size)
                 turn = shardings.match(turn, accepted[(slice(None),) + (0,) * (accepted.ndim - 1)])
                 accepted = accepted & turn.reshape(-1, *(1,) * (accepted.ndim - 1))
             new = jnp.where(accepted[..., None, None], new, p)
@@ -105,7 +106,7 @@ def refreshed(
                 if start is None
                 else jax.lax.dynamic_update_slice_in_dim(current[position], new, start, 0)
             )
-        return out, moments.carried(bases, start, unit.size)
+        return out, moments.carried(bases, start, size)
 
     new, values = refresh.run(planned, count, asked, keep, refresh_unit)
     out = list(projectors)

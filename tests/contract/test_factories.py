@@ -297,3 +297,73 @@ def test_seeds_matter_and_paths_too():
     for i in range(4):
         for j in range(i):
             assert not np.allclose(flat[i], flat[j], atol=0.01)
+
+
+def test_warm_starts_find_what_the_first_projector_misses():
+    """The first r unit vectors, and a gradient that is zero there."""
+    params = {"w": jnp.zeros((16, 12))}
+    grads = {"w": jax.random.normal(jax.random.key(0), (16, 12)).at[:4].set(0.0)}
+    tx = optax_gale.gale(optax.sgd(1.0), 4, range_finder="warm", update_proj_gap=1)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    assert optax.tree.norm(updates) > 0.5 * optax.tree.norm(grads)
+
+
+@pytest.mark.parametrize("factory", [optax_gale.gale_adamw, optax_gale.gale_adafactor])
+def test_half_precision_gradients_of_float32_parameters(factory):
+    """The state's dtype is the parameters', so that steps can be scanned."""
+    params = {"w": jnp.ones((16, 12)), "b": jnp.ones(12)}
+    grads = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    options = {"min_dim_size_to_factor": 2} if factory is optax_gale.gale_adafactor else {}
+    tx = factory(0.1, rank=4, **options)
+
+    def step(carry, _):
+        updates, state = tx.update(grads, carry[1], carry[0])
+        return (optax.apply_updates(carry[0], updates), state), None
+
+    (trained, state), _ = jax.lax.scan(step, (params, tx.init(params)), length=3)
+    chex.assert_tree_all_finite(trained)
+    in_subspace = [x for x in jax.tree.leaves(state.inner_state) if x.ndim]
+    assert {x.dtype for x in in_subspace} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize(
+    "factory", [optax_gale.gale_adamw, optax_gale.gale_lion, optax_gale.gale_sgd,
+                optax_gale.gale_muon, optax_gale.gale_adafactor],
+)  # fmt: skip
+def test_injected_hyperparameters_under_jit(factory):
+    """All that can be injected is; what must be static says so."""
+    params = {"w": jnp.ones((16, 12)), "b": jnp.ones(12)}
+    if factory is optax_gale.gale_adafactor:
+        tx = optax.inject_hyperparams(factory)(0.1, rank=4)
+        with pytest.raises(TypeError, match=r"static_args=\('min_dim_size_to_factor',\)"):
+            jax.jit(tx.update)(params, tx.init(params), params)
+        inject = optax.inject_hyperparams(factory, static_args=("min_dim_size_to_factor",))
+    else:
+        inject = optax.inject_hyperparams(factory)
+    tx, plain = inject(0.1, rank=4), factory(0.1, rank=4)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    expected, _ = jax.jit(plain.update)(params, plain.init(params), params)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sgd_without_momentum_and_a_refresh_of_numpys():
+    params = {"w": jnp.ones((16, 12))}
+    tx = optax_gale.gale_sgd(0.1, rank=4, momentum=None)
+    state = tx.init(params)
+    assert all(x.shape != (4, 12) for x in jax.tree.leaves(state))
+    updates, _ = tx.update(params, state, params, refresh=np.bool_(True))
+    chex.assert_trees_all_close(updates["w"], -0.1 * params["w"], rtol=1e-4)
+
+
+def test_init_does_not_run_the_inner_leaf_by_leaf():
+    """Programs are read once, whatever the number of leaves: hundreds of them take seconds."""
+    calls = []
+
+    def update(updates, state, params=None):
+        calls.append(1)
+        return updates, state
+
+    inner = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    params = [jnp.ones((8, 8)) for _ in range(50)]
+    optax_gale.gale(inner, 4).init(params)
+    assert len(calls) == 1

@@ -437,6 +437,11 @@ _RUNS: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
         },
         ("rows", "both"),
     ),
+    "staggered layers": (
+        optax_gale.gale_adamw,
+        {"range_finder": "svd", "refresh_schedule": "staggered"},
+        ("layers",),
+    ),
     "muon": (
         optax_gale.gale_muon,
         {"range_finder": "svd", "moments": "keep"},

@@ -53,6 +53,11 @@ def test_broadcasts_an_unbatched_operand_under_strict_promotion():
     np.testing.assert_allclose(out, x @ y, rtol=1e-5, atol=1e-5)
 
 
+def test_complex_operands_are_refused():
+    with pytest.raises(TypeError, match="operands must be real; got complex64, float32"):
+        einsum("mn,nk->mk", jnp.ones((2, 2), jnp.complex64), jnp.ones((2, 2)))
+
+
 def test_subscripts_must_name_the_result():
     with pytest.raises(ValueError, match="must name the result"):
         einsum("mn,nk", jnp.ones((2, 2)), jnp.ones((2, 2)))

@@ -163,6 +163,35 @@ def test_svd_range_of_a_bad_matrix_is_the_identity():
     assert orthogonality_error(p[1]) < 5e-6
 
 
+def test_fallback_is_for_matrices_without_a_range():
+    g = G.at[1].set(0.0).at[2].set(jnp.nan)
+    fallback = random_range(jax.random.key(1), M, RANK, (4,))
+    p = range_finder(KEY, g, RANK, fallback=fallback)
+    chex.assert_trees_all_equal(p[1:3], fallback[1:3])
+    chex.assert_trees_all_equal(p[::3], range_finder(KEY, g, RANK)[::3])
+    # One column of few, which the sample does not hold.
+    g = jnp.zeros((M, N)).at[:, 3].set(1.0)
+    found = [
+        range_finder(
+            jax.random.key(i), g, 2, fallback=fallback[0, :, :2], sample_fraction=0.1,
+            power_iterations=0,
+        )
+        for i in range(8)
+    ]  # fmt: skip
+    kept = [bool(jnp.all(p == fallback[0, :, :2])) for p in found]
+    assert any(kept) and not all(kept)
+    for p, is_fallback in zip(found, kept, strict=True):
+        assert is_fallback or captured_energy(p, g) > 0.999
+
+
+def test_a_start_that_has_lost_the_matrix_is_sketched_anew():
+    g = G.at[:, :RANK].set(0.0)
+    start = jnp.broadcast_to(jnp.eye(M, RANK), (len(G), M, RANK))
+    cold = captured_energy(range_finder(KEY, g, RANK), g)
+    warm = captured_energy(range_finder(KEY, g, RANK, power_iterations=0, start=start), g)
+    assert jnp.all(warm > 0.5 * cold)
+
+
 def test_random_range_draws_independent_orthonormal_bases():
     p = random_range(KEY, 40, 4, (2,))
     assert p.dtype == jnp.float32
@@ -184,6 +213,7 @@ def test_random_range_draws_independent_orthonormal_bases():
         (2, {"method": "qr"}, ValueError, "method must be one of .*got 'qr'"),
         (2, {"start": jnp.zeros((4, M, 3))}, ValueError, r"r0 <= .* = 2; got shape \(4, 60, 3\)"),
         (2, {"start": jnp.zeros((M, 2))}, ValueError, r"start must be .*got shape \(60, 2\)"),
+        (2, {"fallback": jnp.zeros((M, 2))}, ValueError, r"fallback must be .*got shape \(60, 2\)"),
         (2, {"start": jnp.zeros((4, M, 2), int)}, TypeError, "start must be a floating-point"),
     ],
 )

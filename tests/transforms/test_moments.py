@@ -397,6 +397,57 @@ def test_every_moment_of_optax_is_known(inner):
     assert found and {m.rank_axis for m in found} == {-2}
 
 
+SCALE_FREE = {
+    "adam": optax.adam(0.1, eps=0.0),
+    "adabelief": optax.adabelief(0.1, eps=0.0, eps_root=0.0),
+    "adagrad": optax.adagrad(0.1, 0.0, 0.0),
+    "adan": optax.adan(0.1, eps=0.0),
+    "ademamix": optax.contrib.ademamix(0.1, eps=0.0),
+    "amsgrad": optax.amsgrad(0.1, eps=0.0),
+    "rmsprop": optax.rmsprop(0.1, eps=0.0),
+    "centred rmsprop": optax.rmsprop(0.1, eps=0.0, centered=True),
+    "adamax": optax.adamax(0.1, eps=0.0),
+}
+
+
+@pytest.mark.parametrize("name", SCALE_FREE)
+def test_an_inner_blind_to_scale_stays_so_over_refreshes(name):
+    """A moment taken for one of another power would mix sizes that do not belong together."""
+    option = optax_gale.Rotate({"nu": "norm"}) if name == "adamax" else "rotate"
+    tx = optax_gale.gale(
+        SCALE_FREE[name], RANK, moments=option, range_finder=turned, update_proj_gap=2
+    )
+    update = jax.jit(tx.update)
+    params, results = draw(0), []
+    for scale in (1.0, 1024.0):
+        state = tx.init(params)
+        for step in range(5):
+            grads = {k: scale * g for k, g in draw(10 + step).items()}
+            updates, state = update(grads, state, params)
+        results.append(updates)
+    assert_trees_close(results[1], results[0], 1e-4)
+
+
+def test_what_is_called_like_another_moment_is_refused():
+    with pytest.raises(ValueError, match=r"nu\['.*\] is called like a second.*'nu': 'norm'"):
+        optax_gale.gale(optax.adamax(0.1), RANK).init(draw(0))
+    with pytest.raises(ValueError, match=r"'nu' depends on the gradients"):
+        optax_gale.gale(optax.sm3(0.1), RANK).init(draw(0))
+    for inner in (optax.adamax(0.1), optax.sm3(0.1)):
+        optax_gale.gale(inner, RANK, moments="keep").init(draw(0))
+
+
+@pytest.mark.parametrize("moments", ["rotate", "reset"])
+def test_moments_of_a_refused_refresh_are_untouched(moments):
+    """Also with a rounded projector, whose product with itself is not the identity."""
+    before, after, _, _ = across_a_refresh(
+        optax.adam(0.1), moments, zero="towers", projector_dtype=jnp.bfloat16
+    )
+    for field, rate in (("mu", 0.9), ("nu", 0.999)):
+        old, new = (moments_of(s.inner_state, field)["towers"] for s in (before, after))
+        assert_trees_close(new, rate * old, 1e-6)
+
+
 def test_names_of_parameters_do_not_confuse_the_search():
     """Leaves called like a state's fields, one inside another's name, and a lone array."""
     params = {"mu": jnp.ones((6, 10)), "nest": {"mu": jnp.ones((10, 6))}, "nu": jnp.ones((6, 10))}

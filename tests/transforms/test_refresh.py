@@ -122,6 +122,8 @@ def test_many_different_gaps_are_refused():
         (0, ValueError, "at least 1, got 0"),
         (2.5, TypeError, "must be an int, got 2.5"),
         (True, TypeError, "must be an int, got True"),
+        (np.float32(2), TypeError, "must be an int, got "),
+        (jnp.asarray(0), ValueError, "at least 1, got 0"),
         ({"a": 0}, ValueError, "of 'a' must be at least 1, got 0"),
         ({"a": "often"}, TypeError, "of 'a' must be an int, got 'often'"),
     ],
@@ -129,6 +131,26 @@ def test_many_different_gaps_are_refused():
 def test_bad_gaps(gap, error, match):
     with pytest.raises(error, match=match):
         optax_gale.gale(optax.sgd(0.1), RANK, update_proj_gap=gap).init(ones({"a": (4, 6)}))
+
+
+def test_gaps_as_concrete_arrays():
+    """Also where they are closed over by a compiled function."""
+    gaps = {"a": jnp.asarray(2), "b": jnp.asarray(3)}
+    shapes = {"a": (4, 6), "b": (4, 6)}
+    assert refreshed_matrices(shapes, 7, update_proj_gap=gaps) == refreshed_matrices(
+        shapes, 7, update_proj_gap={"a": 2, "b": 3}
+    )
+
+
+def test_several_traced_gaps_are_refused():
+    params = ones({"a": (4, 6), "b": (4, 6)})
+
+    def init(gap):
+        gaps = {"a": gap, "b": gap + 1}
+        return optax_gale.gale(optax.sgd(0.1), RANK, update_proj_gap=gaps).init(params)
+
+    with pytest.raises(ValueError, match="one number for the whole tree where it is traced"):
+        jax.jit(init)(2)
 
 
 def test_the_gap_as_a_hyperparameter():

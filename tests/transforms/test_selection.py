@@ -148,7 +148,9 @@ def test_default_on_nnx():
         ("embedding", False), ("token_embed", False), ("wte", False), ("lm_head", False),
         ("head", False), ("output_head", False), ("logits", False), ("LayerNorm_0", False),
         ("ln_1", False), ("final_ln", False), ("bias", False), ("scale", False),
-        ("upscale", True), ("multihead", True), ("line", True),
+        ("upscale", True), ("multihead", True), ("line", True), ("remb", True), ("armstrong", True),
+        ("emb", False), ("tok_emb", False), ("ln1", False), ("rms", False), ("gamma", False),
+        ("beta", False), ("offset", False), ("lm_head_proj", False), ("logits_dense", False),
     ],
 )  # fmt: skip
 def test_default_by_name(name, is_projected):
@@ -355,6 +357,13 @@ def test_views_are_stacks_of_matrices_and_back():
         ({"select": {"layer": {}}}, ValueError, ["`select`", "prefix", "'layer'"]),
         ({"select": "("}, ValueError, ["`select`", "regular expression", "'('"]),
         ({"scale": {"layers": 1.0}}, ValueError, ["`scale`", "prefix"]),
+        ({"scale": {"layer": {"w": None}}}, TypeError, ["`scale` of 'layer/w'", "None"]),
+        ({"scale": {"layer": {"w": "big"}}}, TypeError, ["`scale` of 'layer/w'", "'big'"]),
+        (
+            {"weight_dimension_numbers": GaleDimensionNumbers("in", 1)},
+            TypeError,
+            ["'layer/w'", "reduction_axis='in'", "int or a sequence of ints"],
+        ),
     ],
     ids=lambda x: str(x)[:40] if isinstance(x, dict) else "",
 )
@@ -374,6 +383,12 @@ def test_errors_of_init(options, error, parts):
         ({"rank": True}, ValueError, "`rank` must be at least 1, got True"),
         ({"rank": 2.0}, TypeError, "`rank` must be an int, got 2.0"),
         ({"rank": "128"}, TypeError, "`rank` must be an int, got '128'"),
+        ({"rank": None}, TypeError, "`rank` must be an int, got None"),
+        ({"scale": None}, TypeError, "`scale` must be a number, got None"),
+        ({"scale": "0.25"}, TypeError, "`scale` must be a number, got '0.25'"),
+        ({"seed": None}, TypeError, "`seed` must be an int, got None"),
+        ({"seed": 1.5}, TypeError, "`seed` must be an int, got 1.5"),
+        ({"seed": jax.random.key(0)}, TypeError, "`seed` must be an int, got Array"),
         ({"side": "left"}, ValueError, r"`side` must be one of \('short', 'long'\), got 'left'"),
         ({"residual": "Fira"}, ValueError, "`residual` must be one of .*'fira'.*got 'Fira'"),
         ({"refresh_schedule": "x"}, ValueError, "`refresh_schedule` must be one of"),
@@ -412,6 +427,25 @@ def test_inner_must_be_a_transformation():
 def test_errors_of_the_sketch(options):
     with pytest.raises(ValueError, match="Sketch: .*" + next(iter(options))):
         optax_gale.Sketch(**options)
+
+
+@pytest.mark.parametrize("options", [{"oversampling": 2.5}, {"power_iterations": 1.5}])
+def test_types_of_the_sketch(options):
+    with pytest.raises(TypeError, match="Sketch: `" + next(iter(options)) + "` must be an int"):
+        optax_gale.Sketch(**options)
+
+
+def test_axes_and_leaves_of_other_number_types():
+    numbers = GaleDimensionNumbers(np.int64(0), (np.int32(1),))
+    params = {"w": shapes(w=(8, 12))["w"], "number": 2.0, "none": jnp.zeros((0, 8, 12))}
+    tx = make(weight_dimension_numbers={"w": numbers, "number": None, "none": numbers}, select=True)
+    assert projected(tx, params) == {"w": (8, RANK)}
+    update = jax.jit(tx.update)
+    values = {"w": jnp.ones((8, 12)), "number": 2.0, "none": params["none"]}
+    updates, _ = update(values, tx.init(values), values)
+    assert updates["none"].shape == (0, 8, 12)
+    report = str(optax_gale.memory_report(tx, values))
+    assert "full rank: a scalar" in report and "full rank: empty" in report
 
 
 def test_a_range_finder_of_the_wrong_shape():

@@ -78,6 +78,23 @@ def test_chain_with_adamw_follows_the_formula(side):
     assert not full_size & {x.shape for x in jax.tree.leaves(state)}
 
 
+def test_the_chain_that_people_write_follows_the_formula():
+    """With every default, and matrices large enough for them."""
+    shapes = {"wide": (160, 256), "tall": (256, 160), "square": (192, 192), "b": (160,)}
+    problem = Problem(shapes, steps=50)
+    tx = optax_gale.chain(optax_gale.gale_project(rank=128), optax.adamw(LR, weight_decay=DECAY))
+    params, state = last(problem.run(tx))
+    bases = {k: np.asarray(p, np.float64) for k, p in state[0].projector.items() if k != "b"}
+    expected = problem.run_numpy(
+        formula(shapes, side="long", rank=128, projector=lambda name, step: bases[name])
+    )
+    assert_trees_close(params, expected, 1e-5)
+    assert_trees_close(problem.moved(params), problem.moved(expected), 2e-5)
+    low_rank = {"wide": (160, 128), "tall": (128, 160), "square": (128, 192), "b": (160,)}
+    for name in ("mu", "nu"):
+        assert {k: m.shape for k, m in moments_of(state, name).items()} == low_rank
+
+
 def test_sketched_projectors_and_named_axes_follow_the_formula():
     """NumPy takes P from the state; the rest of the step is its own."""
     shapes = {"heads": (12, 3, 2, 4), "scan": (10, 3, 18)}
@@ -368,6 +385,21 @@ def test_chain_without_a_projection_is_optax_chain():
     stages = lambda: (optax.clip_by_global_norm(1.0), optax.adamw(LR))
     ours, theirs = optax_gale.chain(*stages()), optax.chain(*stages())
     chex.assert_trees_all_equal(last(problem.run(ours)), last(problem.run(theirs)))
+
+
+@pytest.mark.parametrize("before", [(), (optax.scale(2.0),)], ids=["alone", "after a stage"])
+def test_chain_may_end_in_the_projection(before):
+    """A subspace that ends there: the projected gradient, at the weight's shape."""
+    problem = Problem(SHAPES, steps=1)
+    grads = jax.tree.map(jnp.asarray, problem.grads(problem.params, 0))
+    tx = optax_gale.chain(*before, optax_gale.gale_project(RANK, range_finder=fixed_sketch))
+    alone = optax_gale.gale(optax.identity(), RANK, range_finder=fixed_sketch)
+    updates, _ = tx.update(grads, tx.init(grads), grads)
+    expected, _ = alone.update(grads, alone.init(grads), grads)
+    factor = 2.0 if before else 1.0
+    assert_trees_close(updates, jax.tree.map(lambda x: factor * np.asarray(x), expected), 1e-5)
+    empty = optax_gale.chain()
+    chex.assert_trees_all_equal(empty.update(grads, empty.init(grads))[0], grads)
 
 
 def test_chain_refuses_a_second_projection():

@@ -95,6 +95,24 @@ INNERS = {
         lambda: optax.adafactor(LR, multiply_by_parameter_scale=False, weight_decay_rate=DECAY),
         DECAY,  # Adafactor's decay is not multiplied by the learning rate
     ),
+    "no decay of novograd's": (lambda: optax.novograd(LR), 0.0),
+    "skipping steps that are not finite": (
+        lambda: optax.apply_if_finite(optax.adamw(LR, weight_decay=DECAY), 3),
+        LR * DECAY,
+    ),
+    "decay by a schedule": (
+        lambda: optax.chain(
+            optax.scale_by_adam(),
+            optax.add_decayed_weights(DECAY),
+            optax.scale_by_schedule(optax.linear_schedule(LR, 0.0, 10)),
+            optax.scale(-1.0),
+        ),
+        LR * DECAY,
+    ),
+    "accumulated inside": (
+        lambda: optax.MultiSteps(optax.adamw(LR, weight_decay=DECAY), 1),
+        LR * DECAY,
+    ),
     "chain": (
         lambda: optax.chain(
             optax.scale_by_adam(),
@@ -201,6 +219,46 @@ REFUSED = {
         lambda: optax.chain(optax.adam(LR), optax.keep_params_nonnegative()),
         "ScaleByAdamState",
     ),
+    "decay through a momentum": (
+        lambda: optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(LR, momentum=0.9)),
+        "TraceState",
+    ),
+    "decay through an average": (
+        lambda: optax.chain(optax.add_decayed_weights(DECAY), optax.ema(0.9)),
+        "EmaState",
+    ),
+    "decay collected over steps": (
+        lambda: optax.chain(optax.add_decayed_weights(DECAY), optax.apply_every(4)),
+        "ApplyEvery",
+    ),
+    "novograd with decay": (
+        lambda: optax.novograd(LR, weight_decay=DECAY),
+        "ScaleByNovogradState",
+    ),
+    "a norm clipped after decay": (
+        lambda: optax.chain(optax.adamw(LR), optax.clip_by_global_norm(1e6)),
+        "ScaleByAdamState",
+    ),
+    "entries clipped after decay": (
+        lambda: optax.chain(optax.adamw(LR), optax.clip(1e6)),
+        "ScaleByAdamState",
+    ),
+    "decay of some entries": (
+        lambda: optax.chain(
+            optax.scale_by_adam(),
+            optax.stateless(
+                lambda u, p: jax.tree.map(lambda u, p: u + jnp.where(u * p > 0, p, 0), u, p)
+            ),
+        ),
+        "ScaleByAdamState",
+    ),
+    "decay of others": (
+        lambda: optax.chain(
+            optax.scale_by_adam(),
+            optax.stateless(lambda u, p: jax.tree.map(lambda u: u + jnp.sum(p["a"]["kernel"]), u)),
+        ),
+        "ScaleByAdamState",
+    ),
     "a trust ratio": (
         lambda: optax.chain(optax.scale_by_adam(), optax.scale_by_trust_ratio(), optax.scale(-LR)),
         "ScaleByAdamState",
@@ -225,6 +283,15 @@ def test_refused_in_a_chain_and_as_shapes_alike():
         jax.eval_shape(tx.init, PARAMS)
     with pytest.raises(ValueError, match="decoupled weight decay"):
         jax.jit(tx.init)(PARAMS)
+
+
+def test_refused_where_hyperparameters_are_traced():
+    @optax.inject_hyperparams
+    def make(learning_rate):
+        return optax_gale.gale(optax.lamb(learning_rate), RANK)
+
+    with pytest.raises(ValueError, match="decoupled weight decay"):
+        jax.jit(make(LR).init)(PARAMS)
 
 
 def test_the_remedy_works():

@@ -1,0 +1,63 @@
+"""What depends on what, read off programs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from optax_gale.transforms.dataflow import dependences
+
+X = jnp.ones((2, 3))
+
+CASES = {
+    "itself": (lambda x, y, s: x, 0),
+    "nothing": (lambda x, y, s: 2.0 * s + 1.0, None),
+    "a shape": (lambda x, y, s: jnp.zeros_like(x), None),
+    "a sum": (lambda x, y, s: jnp.sin(y) - 3.0 * x, "other"),
+    "a sum with what is not watched": (lambda x, y, s: jnp.sin(s) - 3.0 * x, 0),
+    "times a number": (lambda x, y, s: x * s[0, 0] / 2.0, 0),
+    "times numbers": (lambda x, y, s: x * s, "other"),
+    "two of them": (lambda x, y, s: x + y, "other"),
+    "a power": (lambda x, y, s: x**2, "other"),
+    "its sum": (lambda x, y, s: s + jnp.sum(x), "other"),
+    "its rows, exchanged": (lambda x, y, s: x[::-1], "other"),
+    "a cast": (lambda x, y, s: x.astype(jnp.bfloat16) + 1, 0),
+    "times nothing": (lambda x, y, s: s + 0.0 * x, None),
+    "a call": (lambda x, y, s: jax.jit(lambda z: z + z)(x), 0),
+    "a rematerialised call": (lambda x, y, s: jax.checkpoint(lambda z: 2.0 * z)(x), 0),
+    "a choice": (lambda x, y, s: jnp.where(s[0, 0] > 0, x, s), 0),
+    "a choice for each entry": (lambda x, y, s: jnp.where(s > 0, x, s), "other"),
+    "a conditional": (lambda x, y, s: jax.lax.cond(s[0, 0] > 0, lambda: x, lambda: s), 0),
+    "a conditional on it": (
+        lambda x, y, s: jax.lax.cond(x[0, 0] > 0, lambda: s, lambda: 2 * s),
+        "other",
+    ),
+    "whether it is finite": (
+        lambda x, y, s: jnp.where(jnp.all(jnp.isfinite(x)), s, 0.0),
+        None,
+    ),
+    "a loop": (lambda x, y, s: jax.lax.fori_loop(0, 3, lambda _, z: z + 1, x), "other"),
+    "a loop over something else": (
+        lambda x, y, s: x + jax.lax.fori_loop(0, 3, lambda _, z: z + 1, s),
+        0,
+    ),
+    "no gradient": (lambda x, y, s: jax.lax.stop_gradient(x), "other"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dependences(name):
+    function, expected = CASES[name]
+    assert dependences(function, (X, X, X), (0, 1, None)).on == expected
+
+
+def test_trees_shapes_and_traced_constants():
+    def outer(rate):
+        found = dependences(
+            lambda tree: {"u": tree["a"] * rate, "v": [tree["b"]]},
+            ({"a": X, "b": jax.ShapeDtypeStruct((4,), jnp.float32)},),
+            (0, 1),
+        )
+        assert (found["u"].on, found["v"][0].on) == (0, 1)
+        return rate
+
+    jax.jit(outer)(1.0)
