@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_gale import linalg
-from optax_gale.transforms import shardings, trees
+from optax_gale.transforms import trees
 from optax_gale.transforms.matrices import Projection
 
 MomentKind = Literal["first", "second", "variance", "norm", "keep"]
@@ -236,39 +236,35 @@ def carry(
     moments: Moments,
     found: Sequence[Moment],
     values: Sequence[jax.Array],
-    bases: Mapping[int, tuple[jax.Array, jax.Array, jax.Array]],
+    bases: Mapping[int, tuple[jax.Array, jax.Array]],
     decays: Callable[[], Sequence[jax.Array]],
     count: jax.Array,
-) -> list[jax.Array]:
+) -> dict[int, jax.Array]:
     """Carries moments over a refresh.
 
     Args:
       moments: the option.
       found: the moments.
       values: their arrays (of the matrices that are refreshed).
-      bases: for every refreshed leaf its old and new projectors ``(*batch, d, r)``, and whether
-        each matrix took its new one ``(*batch,)``.
+      bases: for every refreshed leaf its old and new projectors ``(*batch, d, r)``.
       decays: gives the decay rate of every moment's running average.
       count: steps averaged so far, int32.
 
     Returns:
-      The moments in the new bases, dtypes unchanged; those of other leaves as they are.
+      The moments that change, in the new bases, by their positions among ``found``; dtypes as they
+      were.
     """
     touched = [k for k, moment in enumerate(found) if moment.leaf in bases]
-    out = list(values)
     if moments == "reset":
-        for k in touched:
-            accepted = bases[found[k].leaf][2]
-            out[k] = _where(accepted, jnp.zeros_like(values[k]), values[k])
-        return out
+        return {k: jnp.zeros_like(values[k]) for k in touched}
     if not touched:
-        return out
-    rates = decays()
+        return {}
+    rates, out = decays(), {}
     for k in touched:
         moment, value = found[k], values[k].astype(jnp.float32)
         if moment.kind == "keep" or moment.rank_axis is None:
             continue
-        old, new, accepted = bases[moment.leaf]
+        old, new = bases[moment.leaf]
         q = linalg.einsum("...dr,...ds->...rs", new, old)
         if moment.kind == "first":
             carried = _apply(q, value, moment.rank_axis)
@@ -286,14 +282,8 @@ def carry(
                 spread = _apply(q, mean, moment.rank_axis) ** 2
                 spread = spread - _apply(q * q, mean * mean, moment.rank_axis)
                 carried = jnp.abs(carried + c2 * spread)
-        out[k] = _where(accepted, carried.astype(values[k].dtype), values[k])
+        out[k] = carried.astype(values[k].dtype)
     return out
-
-
-def _where(accepted: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    """The new moments of the matrices ``(*batch,)`` that took a new projector."""
-    accepted = accepted.reshape(accepted.shape + (1,) * (old.ndim - accepted.ndim))
-    return jnp.where(accepted, shardings.match(new, old), old)
 
 
 def _apply(q: jax.Array, value: jax.Array, rank_axis: int) -> jax.Array:

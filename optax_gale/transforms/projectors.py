@@ -1,7 +1,7 @@
 """Refreshing the projectors, and the moments with them."""
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,9 +75,9 @@ def refreshed(
         return current, moments.values
 
     def refresh_unit(unit: refresh.Unit, step: jax.Array, masked: bool):
-        out, bases = list(current), {}
         size = unit.size if unit.size is not None and unit.slots > 1 else None
-        start: Any = None
+        start: Any = None  # of the slice of a stack that is refreshed, if it is not the whole
+        bases, accepted = {}, {}
         for position in unit.leaves:
             leaf, p = where[position], current[position]
             g = gradients[leaf].g
@@ -89,30 +89,49 @@ def refreshed(
                     start = jnp.minimum(due, p.shape[0] - size)
                     g, p = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (g, p))
             key = jax.random.fold_in(options.key(), zlib.crc32(gradients[leaf].path.encode()))
-            new, accepted = _find(
+            new, usable = _find(
                 options, gradients[leaf].projection, g, p, jax.random.fold_in(key, step)
             )
             if masked:
-                accepted = accepted & planned.due(position, step, gaps[position])
+                usable = usable & planned.due(position, step, gaps[position])
             if size is not None:
-                position_in_stack = jnp.arange(p.shape[0]) + (0 if start is None else start)
-                turn = (position_in_stack >= due) & (position_in_stack < due + size)
-                turn = shardings.match(turn, accepted[(slice(None),) + (0,) * (accepted.ndim - 1)])
-                accepted = accepted & turn.reshape(-1, *(1,) * (accepted.ndim - 1))
-            new = jnp.where(accepted[..., None, None], new, p)
-            bases[leaf] = (p, new, accepted)
-            out[position] = (
-                new
-                if start is None
-                else jax.lax.dynamic_update_slice_in_dim(current[position], new, start, 0)
-            )
-        return out, moments.carried(bases, start, size)
+                place = jnp.arange(p.shape[0]) + (0 if start is None else start)
+                turn = (place >= due) & (place < due + size)
+                turn = shardings.match(turn, usable[(slice(None),) + (0,) * (usable.ndim - 1)])
+                usable = usable & turn.reshape(-1, *(1,) * (usable.ndim - 1))
+            bases[leaf], accepted[leaf] = (p, new), usable
+        carried = moments.carried(bases, start)
+        out, values = list(current), list(moments.values)
+        for position in unit.leaves:
+            leaf = where[position]
+            mine = [k for k in carried if moments.leaf(k) == leaf]
+            # A refresh that would not leave finite moments is refused. The test also puts every
+            # reading of the old arrays before their writing, so that they are updated in place;
+            # otherwise compilers copy them, and in every step, refresh or not.
+            taken = accepted[leaf]
+            for k in mine:
+                size_of = jnp.abs(carried[k].astype(jnp.float32))
+                taken &= jnp.isfinite(jnp.sum(size_of, tuple(range(taken.ndim, size_of.ndim))))
+            out[position] = _replaced(current[position], bases[leaf][1], taken, start)
+            for k in mine:
+                values[k] = _replaced(moments.values[k], carried[k], taken, start)
+        return out, values
 
     new, values = refresh.run(planned, count, asked, keep, refresh_unit)
     out = list(projectors)
     for i, p in zip(where, new, strict=True):
         out[i] = p
     return out, moments.replaced(values)
+
+
+def _replaced(whole: jax.Array, new: jax.Array, accepted: jax.Array, start: Any) -> jax.Array:
+    """Puts what is new of the accepted matrices ``(*batch,)`` into an array, or into a slice."""
+    old = whole
+    if start is not None:
+        old = jax.lax.dynamic_slice_in_dim(whole, start, new.shape[0])
+    accepted = accepted.reshape(accepted.shape + (1,) * (old.ndim - accepted.ndim))
+    new = jnp.where(accepted, shardings.match(new, old), old)
+    return new if start is None else jax.lax.dynamic_update_slice_in_dim(whole, new, start, 0)
 
 
 def _find(
@@ -168,27 +187,21 @@ class InnerMoments:
             leaves[moment.index] = value
         return jax.tree.unflatten(self._treedef, leaves)
 
-    def carried(
-        self, bases: dict[int, Any], start: jax.Array | None, size: int | None
-    ) -> list[jax.Array]:
-        """The moments in new bases; with ``start``, of a slice of ``size`` matrices."""
-        values = self.values
-        touched = [moment.leaf in bases for moment in self._found]
-        if start is not None and size is not None:
-            values = [
-                jax.lax.dynamic_slice_in_dim(v, start, size) if t else v
-                for v, t in zip(values, touched, strict=True)
-            ]
-        carried = moments_lib.carry(
+    def leaf(self, k: int) -> int:
+        """The parameter that a moment belongs to."""
+        return self._found[k].leaf
+
+    def carried(self, bases: Mapping[int, Any], start: jax.Array | None) -> dict[int, jax.Array]:
+        """The moments that change, in new bases; with ``start``, of the slice that bases are of."""
+        values = list(self.values)
+        if start is not None:
+            for k, moment in enumerate(self._found):
+                if moment.leaf in bases:
+                    size = bases[moment.leaf][0].shape[0]
+                    values[k] = jax.lax.dynamic_slice_in_dim(values[k], start, size)
+        return moments_lib.carry(
             self._option, self._found, values, bases, self._decay_rates, self._count
         )
-        carried = [shardings.match(c, v) for c, v in zip(carried, values, strict=True)]
-        if start is None:
-            return carried
-        return [
-            jax.lax.dynamic_update_slice_in_dim(whole, c, start, 0) if t else whole
-            for whole, c, t in zip(self.values, carried, touched, strict=True)
-        ]
 
     def _decay_rates(self) -> list[jax.Array]:
         """How much of every moment survives a step: the derivative of its update.

@@ -298,6 +298,27 @@ def test_one_conditional_holds_every_factorisation(full_compilation, shapes, opt
     assert not [line for line in outside if _FACTORISATION.search(line)]
 
 
+@pytest.mark.parametrize("moments", ["keep", "rotate", "reset"])
+@pytest.mark.parametrize("range_finder", ["svd", "gale"])
+def test_the_branch_that_keeps_copies_nothing(full_compilation, moments, range_finder):
+    """With donated buffers, projectors and moments stay where they are."""
+    tx = optax_gale.gale_adamw(0.1, 4, moments=moments, range_finder=range_finder)
+    params = ones({"a": (48, 32), "stack": (2, 32, 48)})
+    state = tx.init(params)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    found, entry = computations(compiled)
+    (conditional,) = (line for line in found[entry] if " conditional(" in line)
+    branches = re.search(r"branch_computations=\{%?([\w.\-]+)", conditional)
+    keeps = branches or re.search(r"false_computation=%?([\w.\-]+)", conditional)
+    copies = [x for x in found[keeps[1]] + found[entry] if re.search(r"= f32\S* copy\(", x)]
+    assert not copies
+
+
 def test_no_conditional_where_the_host_chooses(full_compilation):
     for refresh in (True, False):
         found, _ = computations(compile_update(LEAVES, refresh=refresh, range_finder="svd"))
