@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def gradients(config: Config) -> dict[int, dict[str, np.ndarray]]:
 
 
 def measure(
-    finder: optax_gale.Sketch | str, at: dict[int, dict[str, np.ndarray]], rank: int, repeats: int
+    finder: Any, at: dict[int, dict[str, np.ndarray]], rank: int, repeats: int
 ) -> tuple[dict[int, float], float]:
     """Captured energy at every step, and the median seconds of one refresh of all matrices."""
     choose = optax_gale.gale(
@@ -147,7 +148,7 @@ def main(config: Config) -> None:
     size = get_size(config.size)
     rank = size.hidden // 4
     at = gradients(config)
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, finder in sketches().items():
         energies, seconds = measure(finder, at, rank, config.repeats)
         rows[name] = {"energy": energies, "milliseconds": 1e3 * seconds}

@@ -115,7 +115,7 @@ def comparison(config: Config, seed: int, arm: str) -> CompareConfig:
 
 def table(suite: str, runs: list[dict[str, Any]]) -> str:
     """One row an arm: the mean over seeds at every learning rate, the best in bold."""
-    losses = defaultdict(lambda: defaultdict(list))
+    losses: dict[str, dict[float, list[float | None]]] = defaultdict(lambda: defaultdict(list))
     memory = {}
     for run in runs:
         losses[run["arm"]][run["learning_rate"]].append(run["loss"])

@@ -2,6 +2,10 @@
 
 import os
 
+# Factorisations of small matrices gain nothing from threads, and OpenBLAS's would spin against
+# XLA's and against the other test processes. Read when SciPy, which JAX imports, is loaded.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import jax
 import pytest
 
