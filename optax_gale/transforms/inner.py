@@ -147,9 +147,11 @@ def probe(
     try:
         with jax.ensure_compile_time_eval():
             zeros, grads = (_small(tree, projected, make) for make in (np.zeros, sample))
-            return inner.update(grads, inner.init(zeros), zeros, value=jnp.ones(()))[1]
+            state = inner.update(grads, inner.init(zeros), zeros, value=jnp.ones(()))[1]
     except jax.errors.JAXTypeError:
         return None
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state))
+    return None if is_traced else state
 
 
 def direction(

@@ -175,6 +175,9 @@ ContribSuiteInSubspaces = _contrib_suite(
         _entry("gale_adamw", 1e-3, **_at, moments="rotate"),
         _entry("gale_muon", 1e-3, **_at, range_finder="svd"),
         _entry("gale_of_lion", 1e-3, **_at, range_finder="svd"),
+        _entry("gale_lion", 1e-3, **_at, range_finder="svd", moments="keep"),
+        _entry("gale_sgd", 1e-4, **_at, range_finder="svd"),
+        _entry("gale_adafactor", 1e-2, **_at, range_finder="svd"),
         _entry("chain", 1e-3, **_at, range_finder="svd", moments="rotate", residual="fira"),
     ),
     # They have vectors only, or compile for long what `test_factories` asks more cheaply.
