@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from examples.flax_llama.data import DataConfig
-from examples.flax_llama.errors import UserError
+from examples.flax_llama.errors import UserError, flag
 from examples.flax_llama.sizes import SIZES
 
 FloatName = Literal["float32", "bfloat16"]
@@ -269,11 +269,6 @@ def _check_run(config: TrainConfig | CompareConfig) -> None:
             f"--loss-chunks {config.model.loss_chunks} must divide --sequence-length "
             f"{config.data.sequence_length}"
         )
-
-
-def flag(name: str) -> str:
-    """The command line's spelling of a field: ``batch_size`` becomes ``--batch-size``."""
-    return "--" + name.replace("_", "-")
 
 
 def _positive(name: str, value: int) -> None:

@@ -1,4 +1,9 @@
-"""The one exception that a person at the terminal is meant to read."""
+"""The one exception that a person at the terminal is meant to read, and how it names options."""
+
+
+def flag(name: str) -> str:
+    """The command line's spelling of a field: ``batch_size`` becomes ``--batch-size``."""
+    return "--" + name.replace("_", "-")
 
 
 class UserError(Exception):

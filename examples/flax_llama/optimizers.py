@@ -12,8 +12,8 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 import optax_gale
-from examples.flax_llama.config import OptimizerOptions, TrainingOptions, flag
-from examples.flax_llama.errors import UserError
+from examples.flax_llama.config import OptimizerOptions, TrainingOptions
+from examples.flax_llama.errors import UserError, flag
 from examples.flax_llama.sizes import LlamaSize
 
 Settings = Mapping[str, Any]

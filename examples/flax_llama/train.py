@@ -16,8 +16,8 @@ from rich.console import Console
 
 from examples.flax_llama import data, memory, optimizers, plots
 from examples.flax_llama.checkpoint import Checkpoints, Progress
-from examples.flax_llama.config import TrainConfig, flag
-from examples.flax_llama.errors import UserError
+from examples.flax_llama.config import TrainConfig
+from examples.flax_llama.errors import UserError, flag
 from examples.flax_llama.meter import DivergedError, Meter
 from examples.flax_llama.metrics import Display, MetricsLog, replace_text
 from examples.flax_llama.model import Llama
@@ -33,10 +33,10 @@ from examples.flax_llama.step import (
 )
 
 # Options that change at most the rounding of a run's numbers, and those whose effect is in the
-# data's fingerprint.
+# data's fingerprints: the same data may lie elsewhere.
 _IRRELEVANT = {
     *("host_refresh", "remat", "loss_chunks", "attention_backend"),
-    *("path", "validation_path", "cache_dir"),
+    *("path", "validation_path", "tokenizer", "cache_dir"),
 }
 
 
@@ -181,9 +181,11 @@ class Trainer:
             **dataclasses.asdict(config.training),
             **dataclasses.asdict(config.model),
             **dataclasses.asdict(config.data),
+            "vocab_size": self.size.vocab_size,
         }
         identity = {flag(key): value for key, value in options.items() if key not in _IRRELEVANT}
-        identity["the data"] = f"{self.corpus.description} ({self.corpus.fingerprint})"
+        identity["the training data's hash"] = self.corpus.fingerprint
+        identity["the validation data's hash"] = self.corpus.validation_fingerprint
         return json.loads(json.dumps(identity, default=str))
 
     def _start(self) -> tuple[TrainState, float]:
@@ -280,7 +282,8 @@ class Trainer:
             seconds,
             self.memory.optimizer,
         )
-        stored = {**result._asdict(), "settings": self.identity()}
+        about = {"data": self.corpus.description, "settings": self.identity()}
+        stored = {**result._asdict(), **about}
         replace_text(folder / "result.json", json.dumps(stored, indent=2) + "\n")
         curves = plots.Curves.read(folder / "metrics.jsonl")
         plots.plot_run(folder / "report.png", curves, self.memory)

@@ -1,8 +1,10 @@
 """The comparison: arms, learning rates, divergence, restarts."""
 
 import json
+from pathlib import Path
 
 import conftest
+import numpy as np
 import pytest
 
 from examples.flax_llama import cli, compare
@@ -100,3 +102,26 @@ def test_compare(nano, tmp_path, capsys, monkeypatch):
     assert cli.main([*words, "--seed", "1"]) == 2
     error = capsys.readouterr().err
     assert "--seed is 1 here and 0 there" in error and error.count("\n") == 1
+
+
+def test_other_validation_data_is_refused_and_another_path_to_the_same_is_not(
+    nano, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    ids = np.random.default_rng(0).integers(0, 300, 400)
+    np.save("train.npy", ids)
+    np.save("validation.npy", ids[:64])
+    nano = {**nano, "source": "tokens", "steps": 1, "checkpoint-every": 0, "optimizers": "sgd"}
+
+    def compared(folder):
+        changes = {"path": folder / "train.npy", "validation-path": folder / "validation.npy"}
+        return cli.main(["compare", *conftest.words({**nano, **changes}, out=tmp_path / "out")])
+
+    assert compared(tmp_path) == 0
+    capsys.readouterr()
+    assert compared(Path()) == 0
+    assert "done before" in capsys.readouterr().out
+    np.save("validation.npy", ids[64:128])
+    assert compared(tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "results of sgd: the validation data's hash is" in error and error.count("\n") == 1

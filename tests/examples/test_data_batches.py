@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -20,6 +21,7 @@ def make_corpus(train=23, validation=7):
     return Corpus(
         description="counting",
         fingerprint="",
+        validation_fingerprint="",
         vocab_size=len(ids),
         sequence_length=LENGTH,
         train=windows(ids[: train * LENGTH], LENGTH),
@@ -191,6 +193,45 @@ def test_bad_validation_batch_size():
 def test_bad_configuration(arguments, message):
     with pytest.raises(UserError, match=message):
         DataConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"path": Path("x")}, "--path is an option of the data source c4 or text or tokens, not"),
+        ({"validation_path": Path("x")}, "--validation-path is an option of .* not of stdlib"),
+        ({"text_field": "body"}, "--text-field is an option of .* not of stdlib"),
+        ({"source": "c4", "validation_path": Path("x")}, "--validation-path is .* not of c4"),
+        ({"source": "c4", "validation_fraction": 0.1}, "--validation-fraction is .* not of c4"),
+        ({"source": "tokens", "tokenizer": "t5-base"}, "--tokenizer is .* not of tokens"),
+        ({"source": "tokens", "documents": "pad"}, "--documents is an option of .* not of tokens"),
+    ],
+)
+def test_options_of_other_sources(arguments, named):
+    with pytest.raises(UserError, match=f"{named}.*; leave it out or choose another --source"):
+        DataConfig(**arguments)
+
+
+def test_options_of_the_source():
+    DataConfig(tokenizer="t5-base", documents="pad", validation_fraction=0.1)
+    DataConfig(source="c4", path=Path("x"), tokenizer="t5-base", text_field="body")
+    DataConfig(source="text", path=Path("x"), validation_path=Path("y"), text_field="body")
+    DataConfig(source="tokens", path=Path("x"), validation_path=Path("y"))
+
+
+def test_fingerprints_cover_everything():
+    ids = np.arange(40_000, dtype=np.uint16).reshape(10_000, 4)
+    lengths = np.full(10_000, 3, np.uint32)
+    whole = Sequences(ids, lengths).fingerprint()
+    assert Sequences(ids.astype(np.int64), lengths.astype(np.int64)).fingerprint() == whole
+    prints = {whole, Sequences(ids).fingerprint(), Sequences(ids[:-1], lengths[:-1]).fingerprint()}
+    for row in (0, 5_001, 9_999):
+        for array in (ids, lengths):
+            before, array[row] = array[row].copy(), 1
+            prints.add(Sequences(ids, lengths).fingerprint())
+            array[row] = before
+    assert len(prints) == 9
+    assert Sequences(ids, lengths).fingerprint() == whole
 
 
 def test_errors_are_one_line():

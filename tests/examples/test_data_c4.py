@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -201,6 +202,23 @@ def test_missing_and_empty(config, tmp_path):
     (tmp_path / "bare").mkdir()
     bare = dataclasses.replace(config, path=tmp_path / "bare")
     assert error(bare) == f"no files c4-train.*.json.gz in {tmp_path}/bare."
+
+
+def test_fingerprints_follow_the_content(config, tmp_path):
+    first = load(config)
+    shutil.move(config.path, tmp_path / "elsewhere")
+    config = dataclasses.replace(config, path=tmp_path / "elsewhere")
+    moved = load(config)
+    assert moved.fingerprint == first.fingerprint
+    assert moved.validation_fingerprint == first.validation_fingerprint
+    limited = load(dataclasses.replace(config, validation_limit=5))
+    assert limited.validation_fingerprint != first.validation_fingerprint
+
+    name = "c4-validation.00000-of-00001.json.gz"
+    write_shard(config.path / "en" / name, texts_of("validation", 1))
+    changed = load(config)
+    assert changed.fingerprint == first.fingerprint
+    assert changed.validation_fingerprint != first.validation_fingerprint
 
 
 @pytest.mark.parametrize("workers", [0, 2])

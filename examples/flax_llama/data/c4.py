@@ -15,7 +15,7 @@ import numpy as np
 
 from examples.flax_llama.data.config import DataConfig
 from examples.flax_llama.data.corpus import Corpus, Stream
-from examples.flax_llama.data.files import read_documents
+from examples.flax_llama.data.files import gzip_checksum, read_documents
 from examples.flax_llama.data.tokenizer import Encoder, load_tokenizer
 from examples.flax_llama.errors import UserError
 
@@ -32,7 +32,8 @@ def prepare_c4(config: DataConfig) -> Corpus:
     tokenizer = load_tokenizer(config.tokenizer or "t5-base")
     vocab_size = config.vocab_size or (None if config.tokenizer else _VOCAB)
     encoder = Encoder(tokenizer, vocab_size, config.sequence_length)
-    train, validation = (_open(config, split) for split in ("train", "validation"))
+    splits = ("train", "validation")
+    train, validation = (_open(config, split) for split in splits)
     limit = config.validation_limit or _VALIDATION_DOCUMENTS
     origin = str(config.path or "allenai/c4")
 
@@ -43,14 +44,20 @@ def prepare_c4(config: DataConfig) -> Corpus:
         documents = _Documents(validation, config.text_field, origin, None, num_epochs)
         return grain.experimental.LimitIterDataset(documents, limit)
 
-    identity = f"{origin} {train.num_shards} {tokenizer.to_str()} {config.sequence_length}"
+    encoding = f"{tokenizer.to_str()} {encoder.vocab_size} {config.sequence_length}"
+    prints = [
+        hashlib.blake2b(f"{_identity(config, split)} {encoding}".encode(), digest_size=8)
+        for split in splits
+    ]
+    prints[1].update(str(limit).encode())
     return Corpus(
         description=(
             f"{origin}: {train.num_shards} files to train on, {limit:,} documents to validate on, "
             f"each cut or padded to {config.sequence_length} tokens, vocabulary "
             f"{encoder.vocab_size:,}"
         ),
-        fingerprint=hashlib.blake2b(identity.encode(), digest_size=8).hexdigest(),
+        fingerprint=prints[0].hexdigest(),
+        validation_fingerprint=prints[1].hexdigest(),
         vocab_size=encoder.vocab_size,
         sequence_length=config.sequence_length,
         train=Stream(train_documents, encoder.padded),
@@ -63,12 +70,7 @@ def prepare_c4(config: DataConfig) -> Corpus:
 
 def _open(config: DataConfig, split: str) -> datasets.IterableDataset:
     if config.path is not None:
-        if not config.path.is_dir():
-            raise UserError(f"data path {config.path} is not a folder with C4's .json.gz files.")
-        files = sorted(str(file) for file in config.path.rglob(f"c4-{split}.*.json.gz"))
-        if not files:
-            raise UserError(f"no files c4-{split}.*.json.gz in {config.path}.")
-        arguments = {"files": files, "field": config.text_field}
+        arguments = {"files": _files(config.path, split), "field": config.text_field}
         return datasets.IterableDataset.from_generator(_read_files, gen_kwargs=arguments)
     try:
         return datasets.load_dataset("allenai/c4", "en", split=split, streaming=True)
@@ -77,6 +79,23 @@ def _open(config: DataConfig, split: str) -> datasets.IterableDataset:
             f"cannot open allenai/c4 ({error!r}); it needs the network, or a path to a folder with "
             "its files."
         ) from error
+
+
+def _files(folder: Path, split: str) -> list[str]:
+    if not folder.is_dir():
+        raise UserError(f"data path {folder} is not a folder with C4's .json.gz files.")
+    files = sorted(str(file) for file in folder.rglob(f"c4-{split}.*.json.gz"))
+    if not files:
+        raise UserError(f"no files c4-{split}.*.json.gz in {folder}.")
+    return files
+
+
+def _identity(config: DataConfig, split: str) -> str:
+    """What tells the documents of a split apart: too many to be read for that."""
+    if config.path is None:
+        return f"allenai/c4 {split}"
+    files = map(Path, _files(config.path, split))
+    return " ".join(f"{file.name} {gzip_checksum(file)}" for file in files)
 
 
 def _read_files(files: list[str], field: str) -> Iterator[dict[str, str]]:

@@ -4,10 +4,20 @@ import dataclasses
 from pathlib import Path
 from typing import Literal, get_args
 
-from examples.flax_llama.errors import UserError
+from examples.flax_llama.errors import UserError, flag
 
 Source = Literal["stdlib", "c4", "text", "tokens"]
 DocumentLayout = Literal["pack", "pad"]
+
+# The sources that read an option, where not all do.
+_SOURCES_OF: dict[str, tuple[Source, ...]] = {
+    "path": ("c4", "text", "tokens"),
+    "validation_path": ("text", "tokens"),
+    "tokenizer": ("stdlib", "c4", "text"),
+    "documents": ("stdlib", "c4", "text"),
+    "text_field": ("c4", "text"),
+    "validation_fraction": ("stdlib", "text", "tokens"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +44,8 @@ class DataConfig:
     sequence_length: int = 256
     """Tokens in a sequence."""
     documents: DocumentLayout = "pack"
-    """text: pack documents end to end and cut the result, or pad each one to a sequence of its
-    own, dropping what does not fit (as c4 does)."""
+    """stdlib and text: pack documents end to end and cut the result, or pad each one to a sequence
+    of its own, dropping what does not fit (as c4 always does)."""
     text_field: str = "text"
     """The field of .jsonl records that holds the text."""
     validation_fraction: float = 0.05
@@ -53,6 +63,13 @@ class DataConfig:
             )
         if self.documents not in get_args(DocumentLayout):
             raise UserError(f"documents must be 'pack' or 'pad', got {self.documents!r}.")
+        for field in dataclasses.fields(self):
+            sources = _SOURCES_OF.get(field.name, get_args(Source))
+            if self.source not in sources and getattr(self, field.name) != field.default:
+                raise UserError(
+                    f"{flag(field.name)} is an option of the data source {' or '.join(sources)}, "
+                    f"not of {self.source}; leave it out or choose another --source."
+                )
         if self.source in ("text", "tokens") and self.path is None:
             raise UserError(f"data source {self.source!r} needs a path to the data.")
         if self.sequence_length < 2:

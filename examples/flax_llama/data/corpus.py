@@ -16,7 +16,7 @@ Example = dict[str, np.ndarray]
 """``tokens (..., T)``, int32, and ``mask (..., T)``, bool, set where a token is real."""
 
 
-_FINGERPRINT_SEQUENCES = 256
+_HASHED_SEQUENCES = 4096  # at once: mapped files may be larger than the memory
 
 
 class Sequences:
@@ -43,10 +43,13 @@ class Sequences:
         return f"Sequences(shape={self._tokens.shape})"
 
     def fingerprint(self) -> str:
-        """A hash of the number of sequences and a sample of them."""
+        """A hash of every token and every length, whatever integers they are stored as."""
         digest = hashlib.blake2b(str(self._tokens.shape).encode(), digest_size=8)
-        for index in np.linspace(0, len(self) - 1, _FINGERPRINT_SEQUENCES).astype(int):
-            digest.update(self[index]["tokens"].tobytes())
+        for array in (self._tokens, self._lengths):
+            if array is None:
+                continue
+            for start in range(0, len(array), _HASHED_SEQUENCES):
+                digest.update(array[start : start + _HASHED_SEQUENCES].astype("<i4").tobytes())
         return digest.hexdigest()
 
     def rows(self, start: int, stop: int) -> "Sequences":
@@ -75,7 +78,9 @@ class Corpus:
 
     Args:
         description: One line for the person: what it is, and how much.
-        fingerprint: Tells training data apart; the same on every machine that has the same data.
+        fingerprint: Tells training data apart; the same on every machine that has the same data,
+            wherever it is kept.
+        validation_fingerprint: Likewise for the validation data.
         vocab_size: Every token id is below this.
         sequence_length: Tokens in a sequence, T.
         train: The training sequences.
@@ -87,6 +92,7 @@ class Corpus:
 
     description: str
     fingerprint: str
+    validation_fingerprint: str
     vocab_size: int
     sequence_length: int
     train: Sequences | Stream

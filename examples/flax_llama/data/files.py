@@ -85,6 +85,14 @@ def file_identity(path: Path) -> str:
     return hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
 
 
+def gzip_checksum(path: Path) -> str:
+    """The size of a .gz file and its last bytes, which are a checksum of its content."""
+    with reading(path), path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(0, size - 8))
+        return f"{size} {file.read().hex()}"
+
+
 class _ZstdReader(io.RawIOBase):
     """Reads zstd frames; a cut file raises ``EOFError``, where zstandard's own reader just ends."""
 

@@ -98,6 +98,7 @@ def prepare_text(
             f"tokens to train and validate on, vocabulary {encoder.vocab_size:,}"
         ),
         fingerprint=kept.fingerprint(),
+        validation_fingerprint=held.fingerprint(),
         vocab_size=encoder.vocab_size,
         sequence_length=config.sequence_length,
         train=kept,

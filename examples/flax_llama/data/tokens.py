@@ -50,6 +50,7 @@ def prepare_tokens(config: DataConfig) -> Corpus:
             f"and validate on, vocabulary {vocab_size:,}"
         ),
         fingerprint=train.fingerprint(),
+        validation_fingerprint=held.fingerprint(),
         vocab_size=vocab_size,
         sequence_length=length,
         train=train,
