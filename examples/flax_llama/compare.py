@@ -212,7 +212,10 @@ def _arm(spec: dict[str, str], shared: OptimizerOptions) -> Arm:
     own = {k: v for k, v in spec.items() if k not in ("name", "optimizer", "learning_rate")}
     arguments = [word for key, value in own.items() for word in (f"--{key}", value)]
     sets: list[OptimizerOptions] = []
-    for rate in spec.get("learning_rate", "").split(","):
+    rates = spec["learning_rate"].split(",") if "learning_rate" in spec else []
+    if not all(rates):
+        raise UserError(f"arm '{name}': a learning rate is missing beside a comma of lr=")
+    for rate in rates or [""]:
         rate_arguments = ["--learning_rate", rate] if rate else []
         try:
             sets.append(parse(OptimizerOptions, [*arguments, *rate_arguments], default=shared))

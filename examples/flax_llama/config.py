@@ -154,6 +154,8 @@ class TrainingOptions:
     def check(self) -> None:
         """Raises `UserError` at the first value that makes no sense."""
         _positive("--steps", self.steps)
+        if self.steps >= 2**31:
+            raise UserError(f"--steps must be less than 2**31, got {self.steps}")
         _positive("--batch-size", self.batch_size)
         _within("--warmup-fraction", self.warmup_fraction, 0.0, 1.0)
         _within("--final-lr-fraction", self.final_lr_fraction, 0.0, 1.0)

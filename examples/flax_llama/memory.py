@@ -74,7 +74,8 @@ def run(config: MemoryConfig) -> str:
     for name, options in zip(names, optimizers.narrowed(config.optimization, names), strict=True):
         settings = optimizers.resolve(name, options, size, training.steps)
         tx = optimizers.build(name, settings, training)
-        shapes = trace_init(model, tx, seed=0).out_info
+        with optimizers.refusals(name):
+            shapes = trace_init(model, tx, seed=0).out_info
         parts = breakdown(shapes.params, shapes.opt_state)
         label = f"{name}, rank {settings['rank']}" if "rank" in settings else name
         rows.append([label, *map(human_bytes, (*parts, sum(parts)))])

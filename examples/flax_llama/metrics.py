@@ -30,6 +30,10 @@ _TENSORBOARD = {
 }
 
 
+# What of each kind is drawn over the steps.
+CURVES = {"train": "loss", "speed": "seconds", "validation": "loss"}
+
+
 class MetricsLog:
     """Appends records to ``metrics.jsonl`` and to TensorBoard.
 
@@ -116,15 +120,30 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Reads a metrics file; stops at a line that a kill left unfinished."""
+    """Reads a metrics file; stops at a last line that a kill left unfinished.
+
+    Raises:
+      UserError: at any other line that is not a record.
+    """
     if not path.exists():
         return
-    with path.open() as lines:
-        for line in lines:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            record = _parse_record(line)
+            if record is None and line.endswith(b"\n"):
+                raise UserError(f"{path}, line {number}: not a record of a run; delete the line")
+            if record is None:
                 return
+            yield record
+
+
+def _parse_record(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+        step, drawn = record["step"], record[CURVES[record["kind"]]]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return record if isinstance(step, int) and isinstance(drawn, (int, float)) else None
 
 
 def peak_memory() -> int:

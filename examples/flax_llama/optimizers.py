@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -286,6 +287,10 @@ def _check(settings: Settings, size: LlamaSize) -> None:
     for key, value in settings.items():
         if isinstance(value, float) and not -float("inf") < value < float("inf"):
             raise UserError(f"{flag(key)} must be a finite number, got {value}")
+        if isinstance(value, int) and abs(value) >= 2**31:
+            raise UserError(f"{flag(key)} must be less than 2**31, got {value}")
+    if settings.get("projection_seed", 0) < 0:
+        raise UserError(f"--projection-seed must be 0 or more, got {settings['projection_seed']}")
     if settings.get("rank", 1) < 1:
         raise UserError(f"--rank must be at least 1, got {settings['rank']}")
     if settings.get("rank", 1) > size.hidden:
@@ -317,12 +322,19 @@ def build(
             raise UserError(f"--host-refresh: {name} does not let the host choose its refreshes")
         if settings.get("refresh_schedule", "together") != "together":
             raise UserError("--host-refresh goes with --refresh-schedule together only")
-    try:
+    with refusals(name):
         tx = recipe.build(settings, functools.partial(schedule, training=training))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{name}: {error}") from error
     clip = optax.clip_by_global_norm(training.clip_norm) if training.clip_norm else optax.identity()
     return optax.chain(clip, tx)
+
+
+@contextmanager
+def refusals(name: str) -> Iterator[None]:
+    """Turns what an optimizer raises, when it is made or sees the weights, into one line."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def schedule(peak: float, training: TrainingOptions) -> optax.Schedule:

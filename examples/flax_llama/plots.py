@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from examples.flax_llama.memory import Breakdown
-from examples.flax_llama.metrics import read_records
+from examples.flax_llama.metrics import CURVES, read_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,10 +37,9 @@ class Curves(NamedTuple):
     @classmethod
     def read(cls, path: Path) -> "Curves":
         """Reads ``metrics.jsonl``. Times between two reports are interpolated."""
-        columns: dict[str, list[tuple[float, float]]] = {"train": [], "speed": [], "validation": []}
-        keys = {"train": "loss", "speed": "seconds", "validation": "loss"}
+        columns: dict[str, list[tuple[float, float]]] = {kind: [] for kind in CURVES}
         for record in read_records(path):
-            columns[record["kind"]].append((record["step"], record[keys[record["kind"]]]))
+            columns[record["kind"]].append((record["step"], record[CURVES[record["kind"]]]))
         train, speed, validation = (
             np.asarray(rows, dtype=np.float64).reshape(-1, 2).T for rows in columns.values()
         )
@@ -78,8 +77,8 @@ def plot_comparison(
     """Draws loss against steps, loss against time and optimizer memory of several runs."""
     figure, (by_step, by_time, memory) = _figure(width_ratios=(1, 1, 1))
     for name, curve in curves.items():
-        by_step.plot(curve.steps, curve.smooth, label=name)
-        by_time.plot(curve.seconds, curve.smooth, label=name)
+        by_step.plot(curve.steps, curve.smooth, label=_plain(name))
+        by_time.plot(curve.seconds, curve.smooth, label=_plain(name))
     by_step.set(xlabel="step", ylabel="training loss (nats a token)")
     by_time.set(xlabel="seconds of training")
     # The first steps, where every run falls from the same height, would flatten the rest.
@@ -117,7 +116,12 @@ def _bars(axes: "Axes", stacks: Mapping[str, Mapping[str, int]]) -> None:
         bottom += height
     for i, total in enumerate(bottom):
         axes.text(i, total, f"{total:.1f}", ha="center", va="bottom")
-    axes.set_xticks(range(len(names)), names, rotation=20)
+    axes.set_xticks(range(len(names)), map(_plain, names), rotation=20)
+
+
+def _plain(name: str) -> str:
+    """A name as it is: between dollars Matplotlib would read it as a formula."""
+    return name.replace("$", r"\$")
 
 
 def _save(figure: "Figure", path: Path) -> None:

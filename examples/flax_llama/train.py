@@ -90,10 +90,21 @@ def check(config: TrainConfig) -> None:
       UserError: at the first value that makes no sense.
     """
     config.check()
+    if config.model.attention_backend == "cudnn" and not _sees_cuda():
+        raise UserError(
+            "--attention-backend cudnn needs an NVIDIA GPU and a JAX that sees it; leave it out"
+        )
     settings = optimizers.resolve(
         config.optimizer, config.optimization, get_size(config.model.size), config.training.steps
     )
     optimizers.build(config.optimizer, settings, config.training)
+
+
+def _sees_cuda() -> bool:
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False
 
 
 class Trainer:
@@ -129,7 +140,8 @@ class Trainer:
             remat=config.model.remat,
             attention_backend=config.model.attention_backend,
         )
-        self.init = trace_init(self.model, self.tx, config.training.seed)
+        with optimizers.refusals(config.optimizer):
+            self.init = trace_init(self.model, self.tx, config.training.seed)
         self.shapes: TrainState = self.init.out_info
         self.memory = memory.breakdown(self.shapes.params, self.shapes.opt_state)
         if "rank" in self.settings and not self.memory.projectors:

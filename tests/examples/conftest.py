@@ -1,5 +1,8 @@
 """A LLaMA small enough to train within a test, and text to train it on."""
 
+import resource
+from contextlib import contextmanager
+
 import jax
 import numpy as np
 import pytest
@@ -73,3 +76,14 @@ def words(options, **changes):
     """The command line of some options."""
     merged = {**options, **{key.replace("_", "-"): value for key, value in changes.items()}}
     return [word for key, value in merged.items() for word in (f"--{key}", str(value))]
+
+
+@contextmanager
+def small_files(limit):
+    """No file may grow beyond ``limit`` bytes: writing then fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,10 +1,10 @@
 """Checkpoints: what survives, and what is said about what does not."""
 
 import json
-import resource
 from contextlib import contextmanager
 
 import chex
+import conftest
 import jax
 import jax.numpy as jnp
 import optax
@@ -38,17 +38,6 @@ def save(folder, *steps, **options):
 def restore(folder, like=None, settings=SETTINGS):
     with opened(folder, settings) as checkpoints:
         return checkpoints.restore(jax.eval_shape(lambda: like or make_state()))
-
-
-@contextmanager
-def small_files(limit):
-    """No file may grow beyond ``limit`` bytes: writing then fails as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_round_trip_keeps_the_last_ones(tmp_path):
@@ -89,7 +78,7 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path):
     checkpoints = Checkpoints(tmp_path, SETTINGS, keep=1)
     checkpoints.save(1, make_state(1), Progress(None, 0.0))
     checkpoints.wait()
-    with small_files(50_000), pytest.raises(UserError) as caught:
+    with conftest.small_files(50_000), pytest.raises(UserError) as caught:
         checkpoints.save(2, big, Progress(None, 0.0))
         checkpoints.wait()
     text = str(caught.value)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import conftest
+import jax
 import pytest
 
 from examples.flax_llama import cli
@@ -35,10 +36,16 @@ def complaint(capsys, *words):
         ("train --eval-every -1", "--eval-every must be 0 or more"),
         ("train --size 9b", "--size must be one of tiny, 60m"),
         ("train --loss-chunks 3", "--loss-chunks 3 must divide --sequence-length 256"),
+        ("train --steps 2147483648", "--steps must be less than 2**31, got 2147483648"),
+        ("train --projection-seed -1", "--projection-seed must be 0 or more, got -1"),
+        ("train --projection-seed 2147483648", "--projection-seed must be less than 2**31"),
+        ("train --update-proj-gap 2147483648", "--update-proj-gap must be less than 2**31"),
+        ("train --vocab-size 10000000000", "vocab_size must be less than 2**31"),
         ("train --source text", "needs a path"),
         ("train --source text --path /does/not/exist", "/does/not/exist does not exist"),
         ("compare", "nothing to compare"),
         ("compare --arm name=x", "optimizer= is missing"),
+        ("memory --optimizers gale_adamw --select (", "gale_adamw: "),
         ("memory --optimizers adamw,nadam", "unknown optimizer 'nadam'"),
         ("memory --optimizers adamw --rank 3", "--rank is not an option of adamw"),
         ("memory --optimizers gale_adamw --size tiny --rank 0", "--rank must be at least 1"),
@@ -56,6 +63,8 @@ def test_one_clear_line(words, expected, capsys, tmp_path, monkeypatch):
         ({"optimizer": "adamw", "rank": 3}, "--rank is not an option of adamw"),
         ({"rank": 17}, "nothing would be projected"),
         ({"rank": 4, "select": "nothing"}, "would project nothing"),
+        ({"rank": 4, "select": "("}, "gale_adamw: `select`"),
+        ({"vocab_size": 2**30}, "vocab_size of a trained BPE must be <= 1048576"),
         ({"learning_rate": "inf"}, "--learning-rate must be a positive number"),
         ({"batch_size": 100_000}, "too few tokens for one batch"),
         ({"sequence_length": 4096}, "--sequence-length must be at most 2048"),
@@ -65,6 +74,13 @@ def test_one_clear_line_once_the_data_is_there(changes, expected, nano, capsys, 
     words = conftest.words(nano, **changes, out=tmp_path / "run")
     assert expected in complaint(capsys, "train", *words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+@pytest.mark.parametrize("command", ["train", "compare --optimizers sgd"])
+def test_the_fused_kernel_needs_a_gpu(command, capsys, tmp_path):
+    words = [*command.split(), "--attention-backend", "cudnn", "--out", str(tmp_path / "run")]
+    assert "--attention-backend cudnn needs an NVIDIA GPU" in complaint(capsys, *words)
 
 
 def test_corrupt_and_empty_data(nano, capsys, tmp_path):

@@ -44,6 +44,7 @@ def test_an_arm_has_options_of_its_own():
         ("optimizer=adamv", "unknown optimizer 'adamv'"),
         ("optimizer=adamw name=../up", "its name becomes a folder's"),
         ("optimizer='adamw", "No closing quotation"),
+        ("optimizer=sgd lr=1e-2,,", "arm 'sgd': a learning rate is missing"),
     ],
 )
 def test_bad_arms_are_named(arm, words):

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 
+import conftest
 import numpy as np
 import pytest
 import zstandard
@@ -223,6 +224,8 @@ def test_missing_and_empty(tmp_path, config):
         (b'{"body": "text", "n": 1}', "no text in field 'text' (the line has: body, n)"),
         (b'{"text": null}', "no text in field 'text' (the line has: text)"),
         (b'["text"]', "no text in field 'text' (the line has: list)"),
+        (b'{"text": "\\ud800 alone"}', "half of a surrogate pair in field 'text'"),
+        (b"[" * 100_000, "not valid JSON ("),
     ],
 )
 def test_corrupt_jsonl(tmp_path, config, line, message):
@@ -281,6 +284,12 @@ def test_unusable_tokenizers(tmp_path, config, folder):
     train_bpe([sentence(0)], 280).save(str(tmp_path / "mine.json"))
     small = config(folder, vocab_size=270, tokenizer=str(tmp_path / "mine.json"))
     assert "vocab_size=270 is less than the tokenizer's 280 ids" in error(small)
+
+
+def test_full_disk(tmp_path, config, folder):
+    with conftest.small_files(1000):
+        message = error(config(folder))
+    assert "cannot use the data cache" in message and "choose another cache_dir" in message
 
 
 def test_the_bpe_is_lossless():

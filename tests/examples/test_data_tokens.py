@@ -124,6 +124,7 @@ def test_unknown_suffix(tmp_path, config, name):
         (np.zeros(100), "expected a flat array of integers, got float64 of shape (100,)"),
         (np.zeros((10, 10), int), "got int64 of shape (10, 10)"),
         (np.arange(-5, 95), "token ids must not be negative, found -5"),
+        (np.arange(100) + 2**31, "token ids must be less than 2**31 - 1, found 2147483747"),
         (np.arange(19), "too little text, 1 sequences to train on and 0 to validate on"),
         (np.arange(0), "the array is empty"),
     ],

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from examples.flax_llama.errors import UserError
+from examples.flax_llama.memory import Breakdown
 from examples.flax_llama.meter import DivergedError, Meter
 from examples.flax_llama.metrics import Display, MetricsLog, human_bytes, peak_memory, read_records
 from examples.flax_llama.model import Llama, next_token_loss
-from examples.flax_llama.plots import Curves
+from examples.flax_llama.plots import Curves, plot_comparison
 from examples.flax_llama.prefetch import Prefetch
 from examples.flax_llama.step import Evaluation, make_evaluate
 
@@ -62,6 +64,22 @@ def test_metrics_after_the_step_are_dropped(tmp_path):
     log.write("train", 3, {"loss": 5.0})
     log.close()
     assert [(r["step"], r["loss"]) for r in read_records(path)] == [(1, 1.0), (2, 1.0), (3, 5.0)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"\xff", b"3", b"{", b"[]", b'{"kind": "train"}', b'{"kind": "other", "step": 1}'),
+        *(b'{"kind": "train", "step": 1}', b'{"kind": "train", "step": "1", "loss": 2.0}'),
+    ],
+)
+def test_what_is_not_a_record_is_named(line, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"kind": "train", "step": 1, "loss": 2.0}\n' + line + b"\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2: not a record"):
+        MetricsLog(tmp_path, step=2, tensorboard=False)
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2: not a record"):
+        Curves.read(path)
 
 
 def make_meter(folder):
@@ -127,6 +145,14 @@ def test_curves_interpolate_time(tmp_path):
     np.testing.assert_allclose(curves.seconds, [3.0, 6.0, 9.0, 12.0])
     np.testing.assert_allclose(curves.smooth, curves.losses)
     assert len(curves.validation_steps) == 0
+
+
+def test_names_are_not_formulas(tmp_path):
+    curves = Curves(*(np.ones(3) for _ in Curves._fields))
+    for name in (r"$\frac$", "$a", r"\$b$"):
+        parts = {name: Breakdown(4, 4, 8, 0)}
+        plot_comparison(tmp_path / "names.png", {name: curves}, parts)
+    assert (tmp_path / "names.png").exists()
 
 
 def test_memory_is_counted():

@@ -9,6 +9,8 @@ from examples.flax_llama.errors import UserError, flag
 Source = Literal["stdlib", "c4", "text", "tokens"]
 DocumentLayout = Literal["pack", "pad"]
 
+LARGEST_VOCAB = 2**31 - 1  # token ids are int32
+
 # The sources that read an option, where not all do.
 _SOURCES_OF: dict[str, tuple[Source, ...]] = {
     "path": ("c4", "text", "tokens"),
@@ -76,6 +78,8 @@ class DataConfig:
             raise UserError(f"sequence_length must be at least 2, got {self.sequence_length}.")
         if self.vocab_size is not None and self.vocab_size < 2:
             raise UserError(f"vocab_size must be at least 2, got {self.vocab_size}.")
+        if self.vocab_size is not None and self.vocab_size > LARGEST_VOCAB:
+            raise UserError(f"vocab_size must be less than 2**31, got {self.vocab_size}.")
         if not 0 < self.validation_fraction < 1:
             raise UserError(
                 f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}."

@@ -179,7 +179,7 @@ def _jsonl(path: Path, field: str) -> Generator[Document]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: not valid JSON ({error}).") from error
             text = record.get(field) if isinstance(record, dict) else None
             if not isinstance(text, str):
@@ -188,4 +188,18 @@ def _jsonl(path: Path, field: str) -> Generator[Document]:
                     f"{path}, line {number}: no text in field {field!r} (the line has: {have}); "
                     "correct the line or set text_field."
                 )
+            if not _is_unicode(text):
+                raise UserError(
+                    f"{path}, line {number}: half of a surrogate pair in field {field!r} is not "
+                    "text; correct the line."
+                )
             yield Document(text, text)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether ``text`` can be encoded: JSON can spell out surrogates that stand alone."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

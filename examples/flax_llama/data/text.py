@@ -71,7 +71,8 @@ def prepare_text(
     def build(folder: Path) -> None:
         fraction = 0.0 if validation else config.validation_fraction
         bpe = tokenizer or train_bpe(_sample(train, fraction), config.vocab_size or _DEFAULT_VOCAB)
-        bpe.save(str(folder / "tokenizer.json"))
+        # Not its own save(), whose errors are not OSErrors.
+        (folder / "tokenizer.json").write_text(bpe.to_str(), encoding="utf-8")
         encoder = Encoder(bpe, config.vocab_size if tokenizer else None, length)
         with _Writer(folder, "train", encoder) as kept, _Writer(folder, "val", encoder) as held:
             for document in train.documents():

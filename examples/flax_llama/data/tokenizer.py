@@ -11,6 +11,7 @@ from examples.flax_llama.errors import UserError
 
 _PAD, _BOS, _EOS = "<pad>", "<bos>", "<eos>"
 _SMALLEST = 256 + 3  # every byte, and the three above
+_LARGEST = 2**20  # the library sets memory aside for all of them, and aborts if there is too little
 
 _KNOWN_BOS = (_BOS, "<s>", "<|begin_of_text|>", "<|endoftext|>", "[CLS]")
 _KNOWN_EOS = (_EOS, "</s>", "<|end_of_text|>", "<|endoftext|>", "[SEP]")
@@ -26,10 +27,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size: Number of ids; fewer come out if the text does not have that many pairs.
 
     Raises:
-        UserError: If ``vocab_size`` has no room for the bytes.
+        UserError: If ``vocab_size`` has no room for the bytes, or is beyond all sense.
     """
     if vocab_size < _SMALLEST:
         raise UserError(f"vocab_size of a trained BPE must be >= {_SMALLEST}, got {vocab_size}.")
+    if vocab_size > _LARGEST:
+        raise UserError(f"vocab_size of a trained BPE must be <= {_LARGEST}, got {vocab_size}.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

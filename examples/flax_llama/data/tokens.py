@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from examples.flax_llama.data.cache import cached
-from examples.flax_llama.data.config import DataConfig
+from examples.flax_llama.data.config import LARGEST_VOCAB, DataConfig
 from examples.flax_llama.data.corpus import Corpus, hold_out, windows
 from examples.flax_llama.data.files import (
     COMPRESSIONS,
@@ -99,6 +99,11 @@ def _check_ids(path: Path, ids: np.ndarray, vocab_size: int | None) -> int:
     smallest, largest = int(ids.min()), int(ids.max())
     if smallest < 0:
         raise UserError(f"{path}: token ids must not be negative, found {smallest}.")
+    if largest >= LARGEST_VOCAB:
+        raise UserError(
+            f"{path}: token ids must be less than 2**31 - 1, found {largest}; use the ids of a "
+            "tokenizer."
+        )
     if vocab_size and largest >= vocab_size:
         raise UserError(
             f"{path}: found token id {largest}, but vocab_size={vocab_size}; raise it to at least "
