@@ -53,7 +53,11 @@ LLAMA_60M = {
     "GALE, side short, moments kept": "optimizer=gale_adamw side=short moments=keep lr=1e-2",
     "GALE, Fira": "optimizer=gale_adamw residual=fira lr=1e-2,2e-2",
     "GALE, side short, Fira": "optimizer=gale_adamw side=short residual=fira lr=1e-2",
+    "GALE, side short, moments kept, Fira": (
+        "optimizer=gale_adamw side=short moments=keep residual=fira lr=1e-2"
+    ),
     "GALE-Muon": "optimizer=gale_muon lr=1e-2,2e-2,4e-2",
+    "GALE-Muon, side short, moments kept": "optimizer=gale_muon side=short moments=keep lr=2e-2",
     "Muon": "optimizer=muon lr=2e-2",
 }
 SUITES = {"tiny": TINY, "60m": LLAMA_60M}
