@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from examples.flax_llama.config import differences
+from examples.flax_llama.config import check_same_run
 from examples.flax_llama.errors import UserError
 from examples.flax_llama.step import TrainState
 
 _FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "the disk quota is used up"}
 _FULL[errno.EFBIG] = "the file would be larger than this system allows"
-_MOST_DIFFERENCES = 3  # an error is one line
+_MOST_CHARACTERS = 200  # of an error of Orbax, which may go on for pages
 
 
 class Progress(NamedTuple):
@@ -124,10 +124,10 @@ class Checkpoints:
             run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))[
                 "run"
             ]
-            self._check(differences(self._settings, run["settings"]))
-            self._check(
-                differences(_shapes(like), _shapes(self._manager.item_metadata(step)["state"]))
-            )
+            stored = f"the checkpoint in {self._folder}"
+            check_same_run(stored, self._settings, run["settings"])
+            shapes = _shapes(self._manager.item_metadata(step)["state"])
+            check_same_run(stored, _shapes(like), shapes)
             state = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
             )["state"]
@@ -137,16 +137,6 @@ class Checkpoints:
         """Waits for the last save, and lets go of the folder."""
         self.wait()
         self._manager.close()
-
-    def _check(self, found: list[str]) -> None:
-        if found:
-            shown = "; ".join(found[:_MOST_DIFFERENCES])
-            more = len(found) - _MOST_DIFFERENCES
-            raise UserError(
-                f"the checkpoint in {self._folder} is of another run: {shown}"
-                + (f"; and {more} more" if more > 0 else "")
-                + ". Choose another --out, or start over with --overwrite"
-            )
 
     @contextmanager
     def _reported(self, verb: str) -> Iterator[None]:
@@ -165,7 +155,7 @@ class Checkpoints:
         what = "checkpoints" if verb == "open" else f"the checkpoint of step {self._saving}"
         if verb == "read":
             what = f"the checkpoint of step {self.latest}"
-        text = f"cannot {verb} {what} in {self._folder}: {full_disk(error) or error}"
+        text = f"cannot {verb} {what} in {self._folder}: {full_disk(error) or _short(error)}"
         if verb == "write":
             kept = sorted(int(name) for name in os.listdir(self._folder) if name.isdigit())
             if kept:
@@ -191,6 +181,11 @@ def _quieten_orbax() -> None:
             default(unraisable)
 
     sys.unraisablehook = hook
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + "..."
 
 
 def full_disk(error: Exception) -> str | None:

@@ -29,14 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit status: 0, 2 after such a line, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    config = None
     try:
-        _run(_parse(words))
+        config = _parse(words)
+        _run(config)
     except UserError as error:
         return _complain(str(error), 2)
     except OSError as error:
         return _complain(str(error), 2)
     except KeyboardInterrupt:
-        return _complain("stopped; the same command goes on from the last checkpoint", 130)
+        return _complain(_stopped(config), 130)
     except RuntimeError as error:  # JAX's errors, without importing JAX
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -84,6 +86,19 @@ def _run(config: TrainConfig | CompareConfig | MemoryConfig) -> None:
         from examples.flax_llama import memory
 
         print(memory.run(config))
+
+
+def _stopped(config: TrainConfig | CompareConfig | MemoryConfig | None) -> str:
+    """What Ctrl-C leaves behind. Looks for itself: checkpoint.py would import JAX."""
+    if isinstance(config, CompareConfig) and (config.out / "results.json").exists():
+        return f"stopped; the same command runs what {config.out / 'results.json'} does not hold"
+    if isinstance(config, TrainConfig):
+        folder = config.folder / "checkpoints"
+        if any(path.name.isdigit() for path in folder.glob("*")):
+            condition = "without --overwrite " if config.overwrite else ""
+            return f"stopped; {condition}the same command goes on from the last checkpoint"
+        return "stopped; there is no checkpoint, the same command starts from step 0"
+    return "stopped"
 
 
 def _complain(line: str, status: int) -> int:

@@ -25,6 +25,13 @@ _HEADER = (
 )
 
 
+# What the comparison itself keeps beside the folders of its runs.
+_RESERVED = {
+    *("lock", "comparison.png", "results.json", "results.md"),
+    *("results.json.partial", "results.md.partial"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Arm:
     """One line of the comparison: an optimizer and its options, one set a learning rate."""
@@ -134,6 +141,7 @@ def run(config: CompareConfig, console: Console | None = None) -> dict[str, Tria
     console = console or Console()
     config.check()
     runs = [(arm, trial) for arm in parse_arms(config) for trial in _trials(config, arm)]
+    _check_folders([trial.folder.name for _, trial in runs])
     for _, trial in runs:
         check(trial)
     corpus = data.load(config.data)
@@ -239,6 +247,18 @@ def _trials(config: CompareConfig, arm: Arm) -> list[TrainConfig]:
         )
         for o in arm.options
     ]
+
+
+def _check_folders(names: list[str]) -> None:
+    """Refuses runs that would be kept in one place: the later would replace the earlier."""
+    for i, name in enumerate(names):
+        if name in _RESERVED:
+            raise UserError(f"arm '{name}': the comparison keeps a file there; choose another")
+        if name in names[:i]:
+            raise UserError(
+                f"two runs would be kept in the folder '{name}': learning rates of an arm must "
+                "differ in their first 6 digits, and arms in their names; change lr= or name="
+            )
 
 
 def _run_trial(arm: Arm, trainer: Trainer) -> Trial:

@@ -18,6 +18,8 @@ from examples.flax_llama.sizes import SIZES
 
 FloatName = Literal["float32", "bfloat16"]
 
+_MOST_DIFFERENCES = 3  # an error is one line
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
@@ -281,6 +283,28 @@ def _positive(name: str, value: int) -> None:
 def _within(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:  # also catches NaN
         raise UserError(f"{name} must be between {low:g} and {high:g}, got {value}")
+
+
+def check_same_run(stored: str, here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    """Refuses to go on in the folder of another run, or to replace it.
+
+    Args:
+      stored: what holds the other settings.
+      here: this run's settings.
+      there: the other settings.
+
+    Raises:
+      UserError: if they differ; the first differences are named.
+    """
+    found = differences(here, there)
+    if found:
+        shown = "; ".join(found[:_MOST_DIFFERENCES])
+        more = len(found) - _MOST_DIFFERENCES
+        raise UserError(
+            f"{stored} is of another run: {shown}"
+            + (f"; and {more} more" if more > 0 else "")
+            + ". Choose another --out, or start over with --overwrite True"
+        )
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:

@@ -45,7 +45,7 @@ class MetricsLog:
     def __init__(self, folder: Path, *, step: int, tensorboard: bool):
         """Opens the files, keeping records up to and including ``step``."""
         self._path = folder / "metrics.jsonl"
-        with self._writing():
+        with writing(self._path):
             kept = [r for r in read_records(self._path) if r["step"] <= step]
             replace_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
             self._file = self._path.open("a")
@@ -53,7 +53,7 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Adds one record."""
-        with self._writing():
+        with writing(self._path):
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             if self._events is not None:
                 for key in _TENSORBOARD[kind]:
@@ -61,24 +61,17 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Hands everything to the operating system, so that a kill loses nothing."""
-        with self._writing():
+        with writing(self._path):
             self._file.flush()
             if self._events is not None:
                 self._events.flush()
 
     def close(self) -> None:
         """Closes the files."""
-        with self._writing():
+        with writing(self._path):
             self._file.close()
             if self._events is not None:
                 self._events.close()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror}") from error
 
 
 class TensorBoard:
@@ -112,11 +105,27 @@ class TensorBoard:
         self._writer.close()
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the operating system says about writing ``path`` into a line that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; make room, or choose another --out"
+        ) from error
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file in one step, so that a kill leaves the old one or the new one."""
+    """Writes a file in one step, so that a kill leaves the old one or the new one.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with writing(path):
+        partial.write_text(text)
+        os.replace(partial, path)
 
 
 def read_records(path: Path) -> Iterator[Record]:

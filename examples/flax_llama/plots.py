@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from examples.flax_llama.memory import Breakdown
-from examples.flax_llama.metrics import CURVES, read_records
+from examples.flax_llama.metrics import CURVES, read_records, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,4 +127,5 @@ def _plain(name: str) -> str:
 def _save(figure: "Figure", path: Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        figure.savefig(path, dpi=120)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from examples.flax_llama import data, memory, optimizers, plots
 from examples.flax_llama.checkpoint import Checkpoints, Progress
-from examples.flax_llama.config import TrainConfig
+from examples.flax_llama.config import TrainConfig, check_same_run
 from examples.flax_llama.errors import UserError, flag
 from examples.flax_llama.meter import DivergedError, Meter
 from examples.flax_llama.metrics import Display, MetricsLog, replace_text
@@ -80,6 +80,7 @@ def run(
     with locked(config.folder):
         if config.overwrite:
             _clear(config.folder)
+        _check_result(config.folder / "result.json", trainer.identity())
         return trainer.run()
 
 
@@ -320,6 +321,17 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"another process is training in {folder}") from None
         yield
+
+
+def _check_result(path: Path, identity: dict[str, Any]) -> None:
+    """Refuses to replace the result of another run, which may have left no checkpoint."""
+    if not path.exists():
+        return
+    try:
+        settings = dict(json.loads(path.read_text())["settings"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is not readable: {error!r}; delete it") from error
+    check_same_run(str(path), identity, settings)
 
 
 def _clear(folder: Path) -> None:

@@ -61,7 +61,9 @@ def test_arrays_may_be_donated_while_they_are_saved(tmp_path):
 def test_other_settings_are_named(tmp_path):
     save(tmp_path, 1)
     with pytest.raises(
-        UserError, match=r"--rank is 8 here and 4 there; --select is .* here and not"
+        UserError,
+        match=r"--rank is 8 here and 4 there; --select is .* and not .* start over with "
+        "--overwrite True",
     ):
         restore(tmp_path, settings={**SETTINGS, "--rank": 8, "--select": "mlp"})
 
@@ -112,6 +114,17 @@ def test_damaged_checkpoint_says_how_to_go_on(tmp_path):
         UserError, match=r"cannot read the checkpoint of step 1 .*Delete .*1 to go on"
     ):
         restore(tmp_path)
+
+
+def test_a_long_error_is_cut(tmp_path):
+    save(tmp_path, 1)
+    state = tmp_path / "checkpoints" / "1" / "state"
+    for path in state.rglob("*"):
+        if path.is_file() and path.name != "_METADATA":
+            path.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"cannot read .* Delete .*1 to go on") as caught:
+        restore(tmp_path)
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 400
 
 
 def test_position_is_json(tmp_path):

@@ -95,6 +95,32 @@ def test_corrupt_and_empty_data(nano, capsys, tmp_path):
     assert "no text in" in error
 
 
+@pytest.mark.parametrize(
+    ("command", "left", "expected"),
+    [
+        ("train", [], "there is no checkpoint, the same command starts from step 0"),
+        ("train", ["checkpoints/9.orbax-checkpoint-tmp"], "there is no checkpoint, the same"),
+        ("train", ["checkpoints/9"], "stopped; the same command goes on from the last checkpoint"),
+        ("train --overwrite True", ["checkpoints/9"], "without --overwrite the same command goes"),
+        ("compare --optimizers sgd", [], "stopped"),
+        ("compare --optimizers sgd", ["results.json"], "runs what"),
+        ("memory", None, "stopped"),
+    ],
+)
+def test_ctrl_c_promises_what_there_is(command, left, expected, capsys, tmp_path, monkeypatch):
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupt)
+    for name in left or ():
+        (tmp_path / name).mkdir(parents=True)
+    out = [] if left is None else ["--out", str(tmp_path)]
+    assert cli.main([*command.split(), *out]) == 130
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
+    assert left or "goes on" not in error
+
+
 def test_folder_that_cannot_be_made(nano, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     words = conftest.words(nano, optimizer="sgd", out=tmp_path / "file" / "run")

@@ -61,6 +61,26 @@ def test_names_must_differ_and_there_must_be_an_arm():
         arms_of(optimizers="adamw,sgd", rank=3)
 
 
+@pytest.mark.parametrize(
+    ("arms", "words"),
+    [
+        (["name=a optimizer=sgd lr=0.1,0.2", "name=a-lr0.1 optimizer=sgd"], "folder 'a-lr0.1'"),
+        (["name=a optimizer=sgd lr=1e-3,0.001"], "folder 'a-lr0.001'"),
+        (["name=a optimizer=sgd lr=0.12345678,0.12345679"], "folder 'a-lr0.123457'"),
+        (["name=lock optimizer=sgd"], "arm 'lock': the comparison keeps a file there"),
+        (["name=results.json optimizer=sgd"], "arm 'results.json': "),
+        (["name=results.md optimizer=sgd"], "arm 'results.md': "),
+        (["name=comparison.png optimizer=sgd"], "arm 'comparison.png': "),
+    ],
+)
+def test_every_run_has_a_folder_of_its_own(arms, words, tmp_path, capsys):
+    options = [word for arm in arms for word in ("--arm", arm)]
+    assert cli.main(["compare", "--out", str(tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_compare(nano, tmp_path, capsys, monkeypatch):
     nano = {**nano, "steps": 4, "eval-every": 0, "checkpoint-every": 0}
     words = ["compare", *conftest.words(nano, out=tmp_path, clip_norm=0)]

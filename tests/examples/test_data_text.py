@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import logging
 import lzma
 import os
 import random
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from examples.flax_llama.data import DataConfig, load, stdlib
+from examples.flax_llama.data import DataConfig, load, stdlib, tokenizer
 from examples.flax_llama.data.files import find_text, read_documents
 from examples.flax_llama.data.tokenizer import Encoder, load_tokenizer, train_bpe
 from examples.flax_llama.errors import UserError
@@ -290,6 +291,20 @@ def test_full_disk(tmp_path, config, folder):
     with conftest.small_files(1000):
         message = error(config(folder))
     assert "cannot use the data cache" in message and "choose another cache_dir" in message
+
+
+def test_the_hub_is_quiet_about_its_tries(config, folder, monkeypatch, caplog):
+    def unreachable(name):
+        logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s")
+        raise OSError("cannot reach it")
+
+    monkeypatch.setattr(tokenizer.Tokenizer, "from_pretrained", unreachable)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    message = "cannot load the tokenizer 't5-base' (cannot reach it)"
+    assert message in error(config(folder, vocab_size=None, tokenizer="t5-base"))
+    assert not caplog.records
+    logging.getLogger("huggingface_hub.utils").warning("as before")
+    assert caplog.messages == ["as before"]
 
 
 def test_the_bpe_is_lossless():

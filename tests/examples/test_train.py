@@ -136,6 +136,27 @@ def test_other_settings_are_refused_and_named(changes, named, options, whole, ca
     assert "is of another run" in error and named in error
 
 
+def test_a_result_of_other_settings_is_not_replaced(nano, tmp_path, capsys):
+    changes = {"optimizer": "sgd", "steps": 2, "checkpoint_every": 0, "out": tmp_path}
+    train(*conftest.words(nano, **changes))
+    train(*conftest.words(nano, **changes))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {"metrics.jsonl", "result.json", "report.png"} <= {*before}
+
+    capsys.readouterr()
+    other = conftest.words(nano, **changes, learning_rate=0.1)
+    assert cli.main(["train", *other]) == 2
+    error = capsys.readouterr().err
+    assert "result.json is of another run: --learning-rate is 0.1 here and 0.5 there" in error
+    assert "--overwrite True" in error and error.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    train(*other, "--overwrite", "True")
+    (tmp_path / "result.json").write_text("{}")
+    assert cli.main(["train", *other]) == 2
+    assert "result.json is not readable" in capsys.readouterr().err
+
+
 def test_the_host_chooses_the_refreshes_that_the_device_would(options, whole, tmp_path):
     train(*conftest.words(options, host_refresh=True, checkpoint_every=0, out=tmp_path))
     by_host, by_device = (records(folder, "train") for folder in (tmp_path, whole))

@@ -13,9 +13,16 @@ from rich.console import Console
 from examples.flax_llama.errors import UserError
 from examples.flax_llama.memory import Breakdown
 from examples.flax_llama.meter import DivergedError, Meter
-from examples.flax_llama.metrics import Display, MetricsLog, human_bytes, peak_memory, read_records
+from examples.flax_llama.metrics import (
+    Display,
+    MetricsLog,
+    human_bytes,
+    peak_memory,
+    read_records,
+    replace_text,
+)
 from examples.flax_llama.model import Llama, next_token_loss
-from examples.flax_llama.plots import Curves, plot_comparison
+from examples.flax_llama.plots import Curves, plot_comparison, plot_run
 from examples.flax_llama.prefetch import Prefetch
 from examples.flax_llama.step import Evaluation, make_evaluate
 
@@ -153,6 +160,15 @@ def test_names_are_not_formulas(tmp_path):
         parts = {name: Breakdown(4, 4, 8, 0)}
         plot_comparison(tmp_path / "names.png", {name: curves}, parts)
     assert (tmp_path / "names.png").exists()
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    curves = Curves(*(np.ones(3) for _ in Curves._fields))
+    with conftest.small_files(100):
+        with pytest.raises(UserError, match=r"cannot write .*result.json: File too large; make"):
+            replace_text(tmp_path / "result.json", "x" * 1000)
+        with pytest.raises(UserError, match=r"cannot write .*report.png: File too large; make"):
+            plot_run(tmp_path / "report.png", curves, Breakdown(4, 4, 8, 0))
 
 
 def test_memory_is_counted():

@@ -16,7 +16,7 @@ import numpy as np
 from examples.flax_llama.data.config import DataConfig
 from examples.flax_llama.data.corpus import Corpus, Stream
 from examples.flax_llama.data.files import gzip_checksum, read_documents
-from examples.flax_llama.data.tokenizer import Encoder, load_tokenizer
+from examples.flax_llama.data.tokenizer import Encoder, load_tokenizer, quiet_hub
 from examples.flax_llama.errors import UserError
 
 _VOCAB = 32000  # t5-base's pieces; its 100 sentinels above never occur in text
@@ -73,7 +73,8 @@ def _open(config: DataConfig, split: str) -> datasets.IterableDataset:
         arguments = {"files": _files(config.path, split), "field": config.text_field}
         return datasets.IterableDataset.from_generator(_read_files, gen_kwargs=arguments)
     try:
-        return datasets.load_dataset("allenai/c4", "en", split=split, streaming=True)
+        with quiet_hub():
+            return datasets.load_dataset("allenai/c4", "en", split=split, streaming=True)
     except Exception as error:  # whatever the network and the hub can do
         raise UserError(
             f"cannot open allenai/c4 ({error!r}); it needs the network, or a path to a folder with "

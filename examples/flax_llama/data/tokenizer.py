@@ -1,6 +1,7 @@
 """Tokenizers: a byte-level BPE trained here, or one from a file or the Hugging Face hub."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +60,12 @@ def load_tokenizer(name: str) -> Tokenizer:
     if not path.exists() and path.suffix == ".json":
         raise UserError(f"tokenizer {name} does not exist.")
     try:
-        tokenizer = (
-            Tokenizer.from_file(str(path)) if path.is_file() else Tokenizer.from_pretrained(name)
-        )
+        with quiet_hub():
+            tokenizer = (
+                Tokenizer.from_file(str(path))
+                if path.is_file()
+                else Tokenizer.from_pretrained(name)
+            )
     except Exception as error:  # the library raises nothing more specific
         raise UserError(
             f"cannot load the tokenizer {name!r} ({error}); give the path of a tokenizer.json."
@@ -69,6 +73,20 @@ def load_tokenizer(name: str) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Keeps the Hugging Face hub's client from telling of each try; the last error is raised."""
+    # Not at the top: most data needs no hub.
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _first_id(tokenizer: Tokenizer, names: Sequence[str]) -> int | None:
