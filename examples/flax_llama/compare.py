@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from examples.flax_llama import data, optimizers, plots
 from examples.flax_llama.config import CompareConfig, OptimizerOptions, TrainConfig, differences
@@ -154,12 +155,12 @@ def run(config: CompareConfig, console: Console | None = None) -> dict[str, Tria
         }
         done = {name: results.holds(name, t.identity()) for name, (_, t) in trials.items()}
         for name, (arm, trainer) in trials.items():
-            console.rule(f"{name} (done before)" if done[name] else name)
+            console.rule(Text(f"{name} (done before)" if done[name] else name))
             if not done[name]:
                 results.add(name, _run_trial(arm, trainer))
                 _write_tables(config.out, results, trials)
         table = _write_tables(config.out, results, trials)
-        console.print(table, highlight=False, soft_wrap=True)
+        console.print(table, highlight=False, markup=False, soft_wrap=True)
         best = _best(results, trials)
         shown = {trial.arm: name for name, trial in best.items()}
         plots.plot_comparison(
@@ -203,9 +204,12 @@ def _parse_arm(text: str) -> dict[str, str]:
     for word in words:
         if not word.partition("=")[2]:
             raise UserError(f"--arm '{text}': expected NAME=VALUE, got '{word}'")
-    spec = {key: value for key, _, value in (word.partition("=") for word in words)}
-    if "lr" in spec:
-        spec["learning_rate"] = spec.pop("lr")
+    spec: dict[str, str] = {}
+    for key, _, value in (word.partition("=") for word in words):
+        option = "learning_rate" if key == "lr" else key.replace("-", "_")
+        if option in spec:
+            raise UserError(f"--arm '{text}': {option}= is given twice; leave one of them out")
+        spec[option] = value
     if "optimizer" not in spec:
         raise UserError(f"--arm '{text}': optimizer= is missing")
     return spec
@@ -218,6 +222,10 @@ def _arm(spec: dict[str, str], shared: OptimizerOptions) -> Arm:
             f"arm '{name}': its name becomes a folder's; leave out '/' and a leading '.'"
         )
     own = {k: v for k, v in spec.items() if k not in ("name", "optimizer", "learning_rate")}
+    try:
+        optimizers.check_options(optimizer, own)
+    except UserError as error:
+        raise UserError(f"arm '{name}': {error}") from error
     arguments = [word for key, value in own.items() for word in (f"--{key}", value)]
     sets: list[OptimizerOptions] = []
     rates = spec["learning_rate"].split(",") if "learning_rate" in spec else []
@@ -273,7 +281,7 @@ def _run_trial(arm: Arm, trainer: Trainer) -> Trial:
         with locked(trainer.config.folder):
             result = trainer.run()
     except DivergedError as error:
-        trainer.console.print(str(error), style="red", highlight=False)
+        trainer.console.print(str(error), style="red", highlight=False, markup=False)
         return dataclasses.replace(trial, remark=str(error))
     return dataclasses.replace(
         trial,

@@ -14,7 +14,7 @@ import tyro
 
 from examples.flax_llama.data import DataConfig
 from examples.flax_llama.errors import UserError, flag
-from examples.flax_llama.sizes import SIZES
+from examples.flax_llama.sizes import SIZES, LlamaSize, get_size
 
 FloatName = Literal["float32", "bfloat16"]
 
@@ -27,6 +27,9 @@ class ModelOptions:
 
     size: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(SIZES) + "}")] = "tiny"
     """Model size."""
+    kv_heads: int | None = None
+    """Heads of the keys and values, each shared by equally many heads of the queries (grouped-query
+    attention). By default as many as those."""
     dtype: FloatName = "bfloat16"
     """Precision of the forward and backward pass."""
     param_dtype: FloatName = "float32"
@@ -42,9 +45,19 @@ class ModelOptions:
         """Raises `UserError` at the first value that makes no sense."""
         if self.size not in SIZES:
             raise UserError(f"--size must be one of {', '.join(SIZES)}, got '{self.size}'")
+        heads = SIZES[self.size].heads
+        if self.kv_heads is not None and (self.kv_heads < 1 or heads % self.kv_heads):
+            raise UserError(
+                f"--kv-heads must divide the {heads} heads of {self.size}, got {self.kv_heads}"
+            )
         _positive("--loss-chunks", self.loss_chunks)
         if self.attention_backend == "cudnn" and self.dtype != "bfloat16":
             raise UserError("--attention-backend cudnn needs --dtype bfloat16")
+
+    def shape(self) -> LlamaSize:
+        """The model's shape, with the vocabulary that the size has by itself."""
+        size = get_size(self.size)
+        return size if self.kv_heads is None else dataclasses.replace(size, kv_heads=self.kv_heads)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Where the memory of training goes, from shapes alone."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,9 @@ import optax
 import optax_gale
 from examples.flax_llama import optimizers
 from examples.flax_llama.config import MemoryConfig, TrainingOptions
+from examples.flax_llama.errors import UserError
 from examples.flax_llama.metrics import human_bytes
 from examples.flax_llama.model import Llama
-from examples.flax_llama.sizes import get_size
 from examples.flax_llama.step import trace_init
 from examples.flax_llama.tables import aligned
 
@@ -50,6 +51,19 @@ def breakdown(params: Any, opt_state: Any) -> Breakdown:
     return Breakdown(weights, weights, elsewhere, in_projectors)
 
 
+def check_projects(name: str, settings: Mapping[str, Any], parts: Breakdown) -> None:
+    """Refuses a low-rank optimizer that would have nothing to do.
+
+    Raises:
+      UserError: if it projects no weight.
+    """
+    if "rank" in settings and not parts.projectors:
+        raise UserError(
+            f"{name} with --rank {settings['rank']} and --select {settings.get('select')} would "
+            "project nothing; change one of them"
+        )
+
+
 def _bytes(x: Any) -> int:
     return math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
 
@@ -63,10 +77,10 @@ def run(config: MemoryConfig) -> str:
     """Tabulates weights, gradients and optimizer states of one model for several optimizers.
 
     Raises:
-      UserError: if an optimizer or one of its options is unknown.
+      UserError: if an optimizer or one of its options is unknown, or one would project nothing.
     """
     config.model.check()
-    size = get_size(config.model.size)
+    size = config.model.shape()
     model = Llama(size, param_dtype=jnp.dtype(config.model.param_dtype))
     training = TrainingOptions()
     names = config.optimizers.split(",")
@@ -77,6 +91,7 @@ def run(config: MemoryConfig) -> str:
         with optimizers.refusals(name):
             shapes = trace_init(model, tx, seed=0).out_info
         parts = breakdown(shapes.params, shapes.opt_state)
+        check_projects(name, settings, parts)
         label = f"{name}, rank {settings['rank']}" if "rank" in settings else name
         rows.append([label, *map(human_bytes, (*parts, sum(parts)))])
         if config.details:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ Builder = Callable[[Settings, Schedule], optax.GradientTransformation]
 
 _SKETCH = tuple(field.name for field in dataclasses.fields(optax_gale.Sketch))
 _RATES = ("learning_rate", "adam_learning_rate")
+_DECAYS = ("b1", "b2", "adam_b1", "adam_b2", "beta", "momentum")
 
 
 class Recipe(NamedTuple):
@@ -232,6 +233,16 @@ def recipe_of(name: str) -> Recipe:
     return RECIPES[name]
 
 
+def check_options(name: str, keys: Iterable[str]) -> None:
+    """Refuses the first of ``keys`` that is not an option of the optimizer."""
+    options = recipe_of(name).options
+    for key in keys:
+        if key not in options:
+            raise UserError(
+                f"{flag(key)} is not an option of {name}, which has {', '.join(map(flag, options))}"
+            )
+
+
 def narrowed(options: OptimizerOptions, names: Sequence[str]) -> list[OptimizerOptions]:
     """Splits options meant for several optimizers: each gets those that it has.
 
@@ -266,12 +277,7 @@ def resolve(name: str, options: OptimizerOptions, size: LlamaSize, steps: int) -
     """
     recipe = recipe_of(name)
     given = options.given()
-    for key in given:
-        if key not in recipe.options:
-            raise UserError(
-                f"{flag(key)} is not an option of {name}, which has "
-                f"{', '.join(map(flag, recipe.options))}"
-            )
+    check_options(name, given)
     settings = {**recipe.defaults, **given}
     if "rank" in recipe.options:
         settings.setdefault("rank", size.hidden // 4)
@@ -289,6 +295,15 @@ def _check(settings: Settings, size: LlamaSize) -> None:
             raise UserError(f"{flag(key)} must be a finite number, got {value}")
         if isinstance(value, int) and abs(value) >= 2**31:
             raise UserError(f"{flag(key)} must be less than 2**31, got {value}")
+    for key in _DECAYS:
+        if not 0 <= settings.get(key, 0) < 1:
+            raise UserError(f"{flag(key)} must be at least 0 and less than 1, got {settings[key]}")
+    if settings.get("ns_steps", 1) < 1:
+        raise UserError(f"--ns-steps must be at least 1, got {settings['ns_steps']}")
+    if settings.get("clipping_threshold", 1.0) <= 0:
+        raise UserError(
+            f"--clipping-threshold must be a positive number, got {settings['clipping_threshold']}"
+        )
     if settings.get("projection_seed", 0) < 0:
         raise UserError(f"--projection-seed must be 0 or more, got {settings['projection_seed']}")
     if settings.get("rank", 1) < 1:

@@ -22,7 +22,7 @@ from examples.flax_llama.meter import DivergedError, Meter
 from examples.flax_llama.metrics import Display, MetricsLog, replace_text
 from examples.flax_llama.model import Llama
 from examples.flax_llama.prefetch import Prefetch
-from examples.flax_llama.sizes import count_params, get_size
+from examples.flax_llama.sizes import count_params
 from examples.flax_llama.step import (
     Evaluation,
     Metrics,
@@ -96,7 +96,7 @@ def check(config: TrainConfig) -> None:
             "--attention-backend cudnn needs an NVIDIA GPU and a JAX that sees it; leave it out"
         )
     settings = optimizers.resolve(
-        config.optimizer, config.optimization, get_size(config.model.size), config.training.steps
+        config.optimizer, config.optimization, config.model.shape(), config.training.steps
     )
     optimizers.build(config.optimizer, settings, config.training)
 
@@ -127,7 +127,7 @@ class Trainer:
         self.corpus = corpus
         self.console = console
         self.steps = config.training.steps
-        self.size = dataclasses.replace(get_size(config.model.size), vocab_size=corpus.vocab_size)
+        self.size = dataclasses.replace(config.model.shape(), vocab_size=corpus.vocab_size)
         self.batches = data.train_batches(corpus, config.training.batch_size, config.training.seed)
         self.validation = data.validation_batches(corpus, config.training.batch_size)
         self.settings = optimizers.resolve(
@@ -145,11 +145,7 @@ class Trainer:
             self.init = trace_init(self.model, self.tx, config.training.seed)
         self.shapes: TrainState = self.init.out_info
         self.memory = memory.breakdown(self.shapes.params, self.shapes.opt_state)
-        if "rank" in self.settings and not self.memory.projectors:
-            raise UserError(
-                f"{config.optimizer} with --rank {self.settings['rank']} and --select "
-                f"{self.settings.get('select')} would project nothing; change one of them"
-            )
+        memory.check_projects(config.optimizer, self.settings, self.memory)
         self.evaluate = make_evaluate(self.model, config.model.loss_chunks)
         self.checkpoints: Checkpoints | None = None
 
@@ -195,6 +191,7 @@ class Trainer:
             **dataclasses.asdict(config.model),
             **dataclasses.asdict(config.data),
             "vocab_size": self.size.vocab_size,
+            "kv_heads": self.size.kv_heads,
         }
         identity = {flag(key): value for key, value in options.items() if key not in _IRRELEVANT}
         identity["the training data's hash"] = self.corpus.fingerprint

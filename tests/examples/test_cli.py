@@ -46,6 +46,10 @@ def complaint(capsys, *words):
         ("compare", "nothing to compare"),
         ("compare --arm name=x", "optimizer= is missing"),
         ("memory --optimizers gale_adamw --select (", "gale_adamw: "),
+        ("memory --optimizers gale_adamw --select nothing", "would project nothing"),
+        ("train --kv-heads 3", "--kv-heads must divide the 4 heads of tiny, got 3"),
+        ("train --kv-heads 0", "--kv-heads must divide the 4 heads of tiny, got 0"),
+        ("memory --kv-heads -2", "--kv-heads must divide the 4 heads of tiny, got -2"),
         ("memory --optimizers adamw,nadam", "unknown optimizer 'nadam'"),
         ("memory --optimizers adamw --rank 3", "--rank is not an option of adamw"),
         ("memory --optimizers gale_adamw --size tiny --rank 0", "--rank must be at least 1"),
@@ -136,6 +140,18 @@ def test_memory_table(capsys):
     # 6 738 415 616 weights in bfloat16, and two moments each.
     assert adamw[1:3] == ["12.55", "GiB"] and adamw[5:7] == ["25.10", "GiB"]
     assert "gale_adamw, rank 128" in rows and "galore, rank 128" in rows
+
+
+def test_memory_of_grouped_queries(capsys):
+    def weights(*words):
+        assert cli.main(["memory", "--size", "7b", "--optimizers", "sgd", *words]) == 0
+        row = capsys.readouterr().out.splitlines()[-1].split()
+        assert row[0] == "sgd" and row[2] == "GiB"
+        return float(row[1])
+
+    # Keys and values of 32 layers, 4096 by 4096 each, shrink to a quarter; 2 bytes a weight.
+    saved = 2 * 32 * 4096 * 4096 * 3 / 4 * 2 / 2**30
+    assert weights() - weights("--kv-heads", "8") == pytest.approx(saved, abs=0.02)
 
 
 def test_help_and_errors_in_a_process_of_its_own(tmp_path):

@@ -44,6 +44,10 @@ def test_an_arm_has_options_of_its_own():
         ("optimizer=adamv", "unknown optimizer 'adamv'"),
         ("optimizer=adamw name=../up", "its name becomes a folder's"),
         ("optimizer='adamw", "No closing quotation"),
+        ("optimizer=adamw help=1", "arm 'adamw': --help is not an option of adamw"),
+        ("optimizer=adamw lr=1 learning_rate=2", "learning_rate= is given twice"),
+        ("optimizer=adamw weight-decay=1 weight_decay=1", "weight_decay= is given twice"),
+        ("optimizer=adamw b1=0.5 b1=0.6", "b1= is given twice"),
         ("optimizer=sgd lr=1e-2,,", "arm 'sgd': a learning rate is missing"),
     ],
 )
@@ -123,6 +127,15 @@ def test_compare(nano, tmp_path, capsys, monkeypatch):
     assert cli.main([*words, "--seed", "1"]) == 2
     error = capsys.readouterr().err
     assert "--seed is 1 here and 0 there" in error and error.count("\n") == 1
+
+
+def test_names_are_printed_as_they_are(nano, tmp_path, capsys):
+    nano = {**nano, "steps": 1, "eval-every": 0, "checkpoint-every": 0}
+    arms = ["name='[bold]$\\frac$' optimizer=sgd", "name=a[red] optimizer=sgd"]
+    words = [word for arm in arms for word in ("--arm", arm)]
+    assert cli.main(["compare", *conftest.words(nano, out=tmp_path), *words]) == 0
+    out = capsys.readouterr().out
+    assert out.count("[bold]$\\frac$") == 2 and out.count("a[red]") == 2
 
 
 def test_other_validation_data_is_refused_and_another_path_to_the_same_is_not(

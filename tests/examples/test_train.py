@@ -126,6 +126,7 @@ def test_finished_run_is_validated_again_and_nothing_else(options, whole, tmp_pa
         ({"optimizer": "gale_lion"}, "--optimizer is gale_lion here and gale_adamw there"),
         ({"batch_size": 2}, "--batch-size is 2 here and 4 there"),
         ({"steps": 300}, "--steps is 300 here and 200 there"),
+        ({"kv_heads": 2}, "--kv-heads is 2 here and 1 there"),
         ({"sequence_length": 8}, "the training data's hash is"),
     ],
 )
