@@ -135,7 +135,8 @@ def test_names_are_printed_as_they_are(nano, tmp_path, capsys):
     words = [word for arm in arms for word in ("--arm", arm)]
     assert cli.main(["compare", *conftest.words(nano, out=tmp_path), *words]) == 0
     out = capsys.readouterr().out
-    assert out.count("[bold]$\\frac$") == 2 and out.count("a[red]") == 2
+    for name in ("[bold]$\\frac$", "a[red]"):
+        assert f"─ {name} ─" in out and f"\n{name} " in out  # the heading, and the table's row
 
 
 def test_other_validation_data_is_refused_and_another_path_to_the_same_is_not(
