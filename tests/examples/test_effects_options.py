@@ -269,6 +269,7 @@ EFFECTS = [
     ({"log_every": 3}, recorded("speed"), [3, 6, 9, 12]),
     ({}, recorded("validation"), [12]),
     ({"eval_every": 5}, recorded("validation"), [5, 10, 12]),
+    ({"checkpoint_every": 5, "keep_checkpoints": 2}, recorded("validation"), [12]),
     ({}, checkpoints, set()),
     ({"checkpoint_every": 5, "keep_checkpoints": 2}, checkpoints, {"10", "12"}),
     ({"checkpoint_every": 5, "keep_checkpoints": 3}, checkpoints, {"5", "10", "12"}),
