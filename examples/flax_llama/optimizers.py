@@ -71,12 +71,16 @@ def _muon(s: Settings, schedule: Schedule) -> optax.GradientTransformation:
             lambda path, _: matrix if is_hidden_matrix(path) else None, params
         )
 
-    return optax.contrib.muon(
-        **_scheduled(s, schedule),
-        muon_weight_dimension_numbers=dimension_numbers,
-        weight_decay_mask=decayed,
-        adam_weight_decay=s["weight_decay"],
-    )
+    def muon(weight_decay: float) -> optax.GradientTransformation:
+        settings = {**_scheduled(s, schedule), "weight_decay": weight_decay}
+        return optax.contrib.muon(
+            **settings,
+            muon_weight_dimension_numbers=dimension_numbers,
+            adam_weight_decay=weight_decay,
+        )
+
+    # Its mask covers the matrices only, not what its Adam trains.
+    return optax.partition({True: muon(s["weight_decay"]), False: muon(0.0)}, decayed)
 
 
 # Low rank -----------------------------------------------------------------------------------------

@@ -424,12 +424,9 @@ def test_the_learning_rate_is_the_peak_of_the_schedule(name, params):
 
 
 DECAYING = [name for name, recipe in optimizers.RECIPES.items() if "weight_decay" in recipe.options]
-NO_MASK = pytest.mark.xfail(reason="optax.contrib.muon has no mask for the weights of its Adam")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=NO_MASK) if n == "muon" else n for n in DECAYING]
-)
+@pytest.mark.parametrize("name", DECAYING)
 def test_everything_but_the_norms_decays(name, params):
     updates = simple(name)(nothing(params), params)
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
