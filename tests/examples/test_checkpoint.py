@@ -87,8 +87,9 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path):
     assert "cannot write the checkpoint of step 2" in text and "\n" not in text
     assert "larger than this system allows" in text
     assert "checkpoint of step 1 is intact" in text
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    # Threads of Orbax may still be writing what was removed; the next start removes it for good.
     chex.assert_trees_all_equal(restore(tmp_path)[0], make_state(1))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
 
 def test_full_disk_is_told_by_its_code():

@@ -1,6 +1,5 @@
 """`memory_report` and `state_partition_specs`: both work on shapes, and agree with `init`."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
