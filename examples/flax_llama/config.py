@@ -127,6 +127,8 @@ class OptimizerOptions:
     """Sketch: share of the gradient that it reads."""
     warm_start: bool | None = None
     """Sketch: start from the projector in use."""
+    align: bool | None = None
+    """Sketch: turn the basis of a subspace towards the singular vectors."""
     moments: Literal["keep", "rotate", "reset"] | None = None
     """What a refresh does to the moments."""
     residual: Literal["none", "fira"] | None = None

@@ -31,6 +31,7 @@ def range_finder(
     start: jax.Array | None = None,
     fallback: jax.Array | None = None,
     sample_fraction: float = 1.0,
+    align: bool = False,
     method: OrthonormalizeMethod = "auto",
 ) -> jax.Array:
     r"""Finds an orthonormal ``P`` with ``P Pᵀ G ≈ G``: a randomized range finder.
@@ -44,7 +45,8 @@ def range_finder(
 
     and, if ``k > rank``, Rayleigh-Ritz: ``P = Q V`` with ``V`` the leading left singular vectors of
     ``QᵀG``. The columns of ``P`` are then ordered by decreasing singular value; without
-    oversampling their order and signs mean nothing. In expectation over a Gaussian ``Ω`` and
+    oversampling the basis of the subspace is arbitrary, unless ``align`` turns it towards the
+    singular vectors. In expectation over a Gaussian ``Ω`` and
     without power iterations, for ``p = oversampling >= 2`` and ``Q`` before truncation,
 
     .. math::
@@ -77,6 +79,10 @@ def range_finder(
             iterations read all of ``g`` in any case. Where Explicit mesh axes shard ``n``, all of
             ``g`` is read here too, against an ``Ω`` whose other rows are zero; where Auto axes do,
             the columns that are drawn travel between devices.
+        align: whether to take one step of orthogonal iteration within the subspace,
+            ``P ← P orth(TTᵀ)`` with ``T = PᵀY``: it costs a factorisation of ``rank x rank``
+            matrices and reads ``g`` no more. Without effect if ``k > rank``, where Rayleigh-Ritz
+            goes all the way.
         method: how to orthonormalise; see `orthonormalize`.
 
     Returns:
@@ -126,11 +132,11 @@ def range_finder(
     # Rounded first, so that 0.1 * 30 = 3.0000000000000004 makes 3 columns.
     samples = max(math.ceil(round(sample_fraction * n, 6)), width)
     return _range_finder(
-        key, g, start, fallback, rank, width, samples, power_iterations, sketch, method
+        key, g, start, fallback, rank, width, samples, power_iterations, sketch, align, method
     )
 
 
-@functools.partial(jax.jit, static_argnums=range(4, 10))
+@functools.partial(jax.jit, static_argnums=range(4, 11))
 def _range_finder(
     key: jax.Array,
     g: jax.Array,
@@ -141,6 +147,7 @@ def _range_finder(
     samples: int,
     power_iterations: int,
     sketch: SketchKind,
+    align: bool,
     method: OrthonormalizeMethod,
 ) -> jax.Array:
     parts = []
@@ -157,16 +164,21 @@ def _range_finder(
     if missing:
         parts.append(_sketched(key, g, missing, samples, sketch))
     y = jnp.concatenate(parts, axis=-1)
+    _, usable = normalize_columns(y)
     q = orthonormalize(y, method)
     for _ in range(power_iterations):
         z = orthonormalize(_transposed_times(g, q), method)
-        q = orthonormalize(_times(g, z), method)
+        y = _times(g, z)
+        q = orthonormalize(y, method)
     if width > rank:
         _, _, vh = tall_svd(_transposed_times(g, q))
         q = einsum("...mk,...rk->...mr", q, vh[..., :rank, :])
+    elif align:
+        largest = jnp.max(jnp.abs(y), axis=(-2, -1), keepdims=True)
+        t = einsum("...mk,...ml->...kl", q, y / jnp.where(largest > 0, largest, 1))
+        q = einsum("...mk,...kl->...ml", q, orthonormalize(einsum("...kl,...jl->...kj", t, t)))
     if fallback is None:
         return q
-    _, usable = normalize_columns(y)
     zeros = jnp.zeros_like(q)  # sums and disjunctions take on its sharding
     return jnp.where(usable | zeros.astype(bool), q, zeros + fallback.astype(q.dtype))
 

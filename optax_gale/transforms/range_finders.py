@@ -30,7 +30,8 @@ class RangeFinder(Protocol):
 class Sketch:
     """GALE's range finder: a random sketch, subspace iteration, orthonormalisation.
 
-    ``Y = G Omega``, then ``power_iterations`` times ``Y = G (G^T orth(Y))``, then ``P = orth(Y)``.
+    ``Y = G Omega``, then ``power_iterations`` times ``Y = G (G^T orth(Y))``, then ``P = orth(Y)``,
+    aligned with the singular vectors.
 
     Attributes:
       oversampling: extra columns of the sketch; the surplus is dropped by Rayleigh-Ritz (an
@@ -40,6 +41,8 @@ class Sketch:
       sample_fraction: share of the gradient's columns that the sketch reads.
       warm_start: start from the projector in use instead of a random sketch, except where it has
         lost the gradient.
+      align: turn the basis of the subspace towards the gradient's singular vectors. An optimizer
+        that scales every entry, like Adam, depends on its basis, and does better in that one.
 
     Example:
       >>> import optax, optax_gale
@@ -56,6 +59,7 @@ class Sketch:
     sketch: Literal["gaussian", "rademacher"] = "gaussian"
     sample_fraction: float = 1.0
     warm_start: bool = False
+    align: bool = True
 
     def __post_init__(self):
         """Checks the options.
@@ -101,6 +105,7 @@ class Sketch:
             start=previous if self.warm_start else None,
             fallback=previous,
             sample_fraction=self.sample_fraction,
+            align=self.align,
         )
 
 

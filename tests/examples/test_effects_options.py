@@ -490,7 +490,9 @@ SAMPLES = {  # where 0.01 would not do, or is the default
     **dict(projector_dtype="bfloat16", nesterov=True, rank=3, update_proj_gap=7),
     **dict(side="short", range_finder="random", moments="reset", residual="fira"),
     **dict(refresh_schedule="staggered", select="nothing", projection_seed=7, oversampling=1),
-    **dict(power_iterations=2, sketch="rademacher", sample_fraction=0.5, warm_start=True),
+    **dict(
+        power_iterations=2, sketch="rademacher", sample_fraction=0.5, warm_start=True, align=False
+    ),
     **dict(min_dim_size_to_factor=2),
 }
 SAMPLES_OF = {"muon": {"nesterov": False}}

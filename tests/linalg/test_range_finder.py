@@ -68,6 +68,35 @@ def test_oversampling_keeps_the_leading_directions_in_order():
     assert np.abs(gram - energies[..., None] * np.eye(RANK)).max() < 2 * ROUNDING
 
 
+@pytest.mark.parametrize("options", [{}, {"power_iterations": 0}, {"sample_fraction": 0.5}])
+def test_alignment_turns_the_basis_within_its_subspace(options):
+    plain = range_finder(KEY, G, RANK, **options)
+    aligned = range_finder(KEY, G, RANK, align=True, **options)
+    assert orthogonality_error(aligned).max() < 5e-6
+    for i in range(len(G)):
+        assert sine(plain[i], aligned[i]) < 1e-5
+
+    def mixing(p):
+        """How far P^T G is from having orthogonal rows, as singular vectors would give it."""
+        b = np.swapaxes(np.asarray(p, np.float64), -1, -2) @ MATRICES
+        gram = b @ np.swapaxes(b, -1, -2)
+        off = gram - np.eye(RANK) * gram
+        return np.linalg.norm(off, axis=(-2, -1)) / np.linalg.norm(gram, axis=(-2, -1))
+
+    # Where singular values differ at all; a flat spectrum has no vectors of its own.
+    decaying = [i for i, s in enumerate(SPECTRA) if s[0] > 1.5 * s[RANK - 1]]
+    assert len(decaying) >= 2
+    assert np.all(mixing(aligned)[decaying] < 0.9 * mixing(plain)[decaying])
+
+
+def test_alignment_of_matrices_without_a_range():
+    g = G.at[0].set(0.0).at[1].set(jnp.nan).at[2].set(jnp.ones((M, N)))
+    p = range_finder(KEY, g, RANK, align=True)
+    assert orthogonality_error(p).max() < 5e-6
+    chex.assert_trees_all_close(p[:2], jnp.broadcast_to(jnp.eye(M, RANK), (2, M, RANK)), atol=1e-5)
+    assert captured_energy(p[2], g[2]) > 1 - 1e-5
+
+
 def test_truncation_tells_singular_values_below_the_root_of_eps_apart():
     s = 10.0 ** -np.arange(7)
     g = with_spectrum(s, M, N)
