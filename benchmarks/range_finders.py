@@ -60,6 +60,7 @@ def sketches() -> dict[str, optax_gale.Sketch | str]:
             table[f"sketch, p={oversampling}, q={power_iterations}"] = optax_gale.Sketch(
                 oversampling=oversampling, power_iterations=power_iterations
             )
+    table["sketch, p=0, q=1, not aligned"] = optax_gale.Sketch(align=False)
     table["sketch of 1/4 of G, p=0, q=0"] = optax_gale.Sketch(
         power_iterations=0, sample_fraction=0.25
     )

@@ -24,40 +24,52 @@ from examples.flax_llama.config import CompareConfig, ModelOptions, OutputOption
 from examples.flax_llama.data import DataConfig
 from examples.flax_llama.tables import markdown
 
-# In words: which option differs from the library's defaults.
+# In words: which options differ from the library's defaults.
+_LOW_RANK = "lr=1e-2,2e-2,4e-2"
 TINY = {
     "AdamW": "optimizer=adamw lr=1e-3,2e-3,4e-3",
-    "optax.contrib.galore": "optimizer=optax_galore lr=1e-2,2e-2,4e-2",
-    "GaLore": "optimizer=galore lr=1e-2,2e-2,4e-2",
-    "GALE": "optimizer=gale_adamw lr=1e-2,2e-2,4e-2",
-    "GALE, side short": "optimizer=gale_adamw side=short lr=1e-2,2e-2,4e-2",
-    "GALE, moments kept": "optimizer=gale_adamw moments=keep lr=1e-2,2e-2,4e-2",
-    "GALE, moments reset": "optimizer=gale_adamw moments=reset lr=1e-2,2e-2,4e-2",
-    "GALE, no power iteration": "optimizer=gale_adamw power_iterations=0 lr=1e-2,2e-2,4e-2",
-    "GALE, two power iterations": "optimizer=gale_adamw power_iterations=2 lr=1e-2,2e-2,4e-2",
-    "GALE, SVD": "optimizer=gale_adamw range_finder=svd lr=1e-2,2e-2,4e-2",
-    "GALE, warm start": "optimizer=gale_adamw range_finder=warm lr=1e-2,2e-2,4e-2",
-    "GALE, random subspace": "optimizer=gale_adamw range_finder=random lr=1e-2,2e-2,4e-2",
-    "GALE, Fira": "optimizer=gale_adamw residual=fira lr=1e-2,2e-2,4e-2",
-    "GALE, staggered": "optimizer=gale_adamw refresh_schedule=staggered lr=1e-2,2e-2,4e-2",
+    "optax.contrib.galore": f"optimizer=optax_galore {_LOW_RANK}",
+    "GaLore": f"optimizer=galore {_LOW_RANK}",
+    "GALE": f"optimizer=gale_adamw {_LOW_RANK}",
+    "GALE, side short": f"optimizer=gale_adamw side=short {_LOW_RANK}",
+    "GALE, moments kept": f"optimizer=gale_adamw moments=keep {_LOW_RANK}",
+    "GALE, moments reset": f"optimizer=gale_adamw moments=reset {_LOW_RANK}",
+    "GALE, no power iteration": f"optimizer=gale_adamw power_iterations=0 {_LOW_RANK}",
+    "GALE, two power iterations": f"optimizer=gale_adamw power_iterations=2 {_LOW_RANK}",
+    "GALE, SVD": f"optimizer=gale_adamw range_finder=svd {_LOW_RANK}",
+    "GALE, warm start": f"optimizer=gale_adamw range_finder=warm {_LOW_RANK}",
+    "GALE, random subspace": f"optimizer=gale_adamw range_finder=random {_LOW_RANK}",
+    "GALE, Fira": f"optimizer=gale_adamw residual=fira {_LOW_RANK}",
+    "GALE, staggered": f"optimizer=gale_adamw refresh_schedule=staggered {_LOW_RANK}",
+    "GALE, not aligned": f"optimizer=gale_adamw align=False {_LOW_RANK}",
+    "GALE, not aligned, side short": f"optimizer=gale_adamw align=False side=short {_LOW_RANK}",
+    "GALE, not aligned, moments kept": f"optimizer=gale_adamw align=False moments=keep {_LOW_RANK}",
+    "GALE, not aligned, Fira": f"optimizer=gale_adamw align=False residual=fira {_LOW_RANK}",
     "GALE-Muon": "optimizer=gale_muon lr=5e-3,1e-2,2e-2",
     "Muon": "optimizer=muon lr=5e-3,1e-2,2e-2",
 }
 LLAMA_60M = {
     "AdamW": "optimizer=adamw lr=1e-3,2e-3,3e-3",
-    "GaLore": "optimizer=galore lr=5e-3,1e-2,2e-2",
+    "GaLore": "optimizer=galore lr=1e-2",
     "optax.contrib.galore": "optimizer=optax_galore lr=1e-2",
     "GALE": "optimizer=gale_adamw lr=5e-3,1e-2,2e-2",
     "GALE, moments kept": "optimizer=gale_adamw moments=keep lr=1e-2",
     "GALE, side short": "optimizer=gale_adamw side=short lr=1e-2",
-    "GALE, side short, moments kept": "optimizer=gale_adamw side=short moments=keep lr=1e-2",
+    "GALE, not aligned": "optimizer=gale_adamw align=False lr=1e-2",
     "GALE, Fira": "optimizer=gale_adamw residual=fira lr=1e-2,2e-2",
-    "GALE, side short, Fira": "optimizer=gale_adamw side=short residual=fira lr=1e-2",
-    "GALE, side short, moments kept, Fira": (
-        "optimizer=gale_adamw side=short moments=keep residual=fira lr=1e-2"
+    "GALE, not aligned, side short, moments kept": (
+        "optimizer=gale_adamw align=False side=short moments=keep lr=1e-2"
+    ),
+    "GALE, not aligned, side short, Fira": (
+        "optimizer=gale_adamw align=False side=short residual=fira lr=1e-2"
+    ),
+    "GALE, not aligned, side short, moments kept, Fira": (
+        "optimizer=gale_adamw align=False side=short moments=keep residual=fira lr=1e-2"
     ),
     "GALE-Muon": "optimizer=gale_muon lr=1e-2,2e-2,4e-2",
-    "GALE-Muon, side short, moments kept": "optimizer=gale_muon side=short moments=keep lr=2e-2",
+    "GALE-Muon, not aligned, side short, moments kept": (
+        "optimizer=gale_muon align=False side=short moments=keep lr=2e-2"
+    ),
     "Muon": "optimizer=muon lr=2e-2",
 }
 SUITES = {"tiny": TINY, "60m": LLAMA_60M}
