@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import jax
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -13,12 +12,7 @@ PREAMBLE = {"README.md": "import optax\nimport optax_gale"}
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.mark.parametrize(

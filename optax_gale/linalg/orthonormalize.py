@@ -118,10 +118,14 @@ def _orthonormalize(y: jax.Array, method: OrthonormalizeMethod) -> jax.Array:
 def or_identity(q: jax.Array, usable: jax.Array) -> jax.Array:
     """Replaces the matrices that are not ``usable (*batch, 1, 1)`` by ``eye(m, k)``."""
     m, k = q.shape[-2:]
-    eye = jnp.broadcast_to(jnp.eye(m, k, dtype=q.dtype), q.shape)
+    return or_else(q, usable, jnp.broadcast_to(jnp.eye(m, k, dtype=q.dtype), q.shape))
+
+
+def or_else(q: jax.Array, usable: jax.Array, fallback: jax.Array) -> jax.Array:
+    """Replaces the matrices that are not ``usable (*batch, 1, 1)`` by those of ``fallback``."""
     # Sums and disjunctions take on the sharding of q, which `where` wants of all three.
     zeros = jnp.zeros_like(q)
-    return jnp.where(usable | zeros.astype(bool), q, zeros + eye)
+    return jnp.where(usable | zeros.astype(bool), q, zeros + fallback.astype(q.dtype))
 
 
 def is_finite(x: jax.Array) -> jax.Array:

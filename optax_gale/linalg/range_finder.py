@@ -13,6 +13,7 @@ from optax_gale.linalg.orthonormalize import (
     OrthonormalizeMethod,
     is_finite,
     normalize_columns,
+    or_else,
     or_identity,
     orthonormalize,
 )
@@ -177,10 +178,7 @@ def _range_finder(
         largest = jnp.max(jnp.abs(y), axis=(-2, -1), keepdims=True)
         t = einsum("...mk,...ml->...kl", q, y / jnp.where(largest > 0, largest, 1))
         q = einsum("...mk,...kl->...ml", q, orthonormalize(einsum("...kl,...jl->...kj", t, t)))
-    if fallback is None:
-        return q
-    zeros = jnp.zeros_like(q)  # sums and disjunctions take on its sharding
-    return jnp.where(usable | zeros.astype(bool), q, zeros + fallback.astype(q.dtype))
+    return q if fallback is None else or_else(q, usable, fallback)
 
 
 def _sketched(

@@ -36,10 +36,11 @@ _NONE, _UNIFORM, _ANY = Dependence(None), Dependence(None, uniform=True), Depend
 # Elementwise and linear in the one operand.
 _LINEAR = {"neg", "convert_element_type", "copy", "copy_p", "reduce_precision", "real"}
 _LINEAR |= {"optimization_barrier", "sharding_constraint", "reshard", "pvary", "pcast"}
-# Elementwise: uniform if all operands are.
+# Elementwise.
 _ELEMENTWISE = {"add", "add_any", "sub", "mul", "div", "max", "min", "pow", "integer_pow", "sqrt"}
 _ELEMENTWISE |= {"rsqrt", "exp", "log", "sign", "abs", "cos", "sin", "tanh", "select_n", "square"}
 _ELEMENTWISE |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "rem", "floor", "clamp"}
+_KEEPS_UNIFORM = _ELEMENTWISE | _LINEAR | {"broadcast_in_dim", "reshape"}
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
@@ -89,9 +90,8 @@ def _apply(equation: Any, operands: list[Dependence]) -> list[Dependence]:
     if name == "cond":
         return _conditional(equation, operands)
     if all(x.on is None for x in operands):
-        uniform = all(x.uniform for x in operands)
-        keeps = name in _ELEMENTWISE | _LINEAR or name in ("broadcast_in_dim", "reshape")
-        return [_UNIFORM if uniform and keeps else _given(var) for var in equation.outvars]
+        uniform = name in _KEEPS_UNIFORM and all(x.uniform for x in operands)
+        return [_UNIFORM if uniform else _given(var) for var in equation.outvars]
     return [_elementwise(equation, operands)] * len(equation.outvars)
 
 

@@ -113,8 +113,7 @@ def examine(
             "argument of its own, put it outside the wrapper."
         ) from error
     _refuse_copies(names, (of_init, of_state))
-    is_dependence = lambda x: isinstance(x, dataflow.Dependence)
-    for i, found in enumerate(jax.tree.leaves(of_updates, is_leaf=is_dependence)):
+    for i, found in enumerate(_dependences(of_updates)):
         if found.on is not None and not (projected[i] and found.is_affine_in == i):
             raise ValueError(
                 f"The inner ({names}) uses the parameters otherwise than for decoupled weight "
@@ -122,9 +121,12 @@ def examine(
             )
 
 
+def _dependences(tree: Any) -> list[dataflow.Dependence]:
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, dataflow.Dependence))
+
+
 def _refuse_copies(names: str, of_state: Any) -> None:
-    is_dependence = lambda x: isinstance(x, dataflow.Dependence)
-    if any(x.on is not None for x in jax.tree.leaves(of_state, is_leaf=is_dependence)):
+    if any(x.on is not None for x in _dependences(of_state)):
         raise ValueError(
             f"The inner ({names}) keeps the parameters' values in its state, as a copy or inside "
             "an average (L2 regularisation before the moments, for example), and a subspace does "

@@ -487,3 +487,22 @@ def test_sharded_parameters_give_the_numbers_of_one_device(kind, name):
     _assert_close(got, want)
     for leaf, x in history[-1][0].items():
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, _SHARDED[leaf][1]), x.ndim), leaf
+
+
+@pytest.mark.parametrize(
+    ("spec", "fits"), [(P("data", "model", None), True), (P(None, None, "model"), False)]
+)
+def test_merged_axes_may_be_sharded_on_the_first(spec, fits):
+    mesh = _mesh("Explicit")
+    numbers = optax_gale.GaleDimensionNumbers(0, (1, 2))
+    tx = optax_gale.gale_adamw(
+        0.1, rank=2, range_finder="svd", weight_dimension_numbers=numbers, select=True
+    )
+    with jax.set_mesh(mesh):
+        w = {"query": jax.device_put(jnp.ones((8, 4, 4)), NamedSharding(mesh, spec))}
+        if fits:
+            updates, _ = jax.jit(tx.update)(w, tx.init(w), w)
+            assert jax.typeof(updates["query"]).shape == (8, 4, 4)
+            return
+        with pytest.raises(ValueError, match=r"'query' .*Shard axis 1 instead of 2"):
+            tx.init(w)

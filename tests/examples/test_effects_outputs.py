@@ -34,12 +34,7 @@ from examples.flax_llama.metrics import Display, MetricsLog, read_records
 STEPS = 12
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def terminal():

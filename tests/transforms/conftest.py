@@ -1,15 +1,12 @@
-"""Quick compilation: the numbers are small, and XLA's optimisations cost more than they save."""
+"""Quick compilation for every module here."""
 
 import jax
 import pytest
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def always_quick(quick_compilation):
+    """Asked for by every test."""
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """`memory_report` and `state_partition_specs`: both work on shapes, and agree with `init`."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,3 +176,18 @@ def test_specs_that_do_not_fit_are_refused():
         optax_gale.state_partition_specs(tx, params, P("data", None, "model"))
     with pytest.raises(ValueError, match="param_specs"):
         optax_gale.state_partition_specs(tx, params, {"w": P(), "x": P()})
+
+
+def test_report_of_a_state_with_keys():
+    report = optax_gale.memory_report(optax.noisy_sgd(0.1), {"w": jnp.ones((4, 4))})
+    assert report.other > 0 and "other" not in str(report.leaves)
+
+
+def test_a_parameter_may_be_called_projector():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Params:
+        projector: jax.Array
+
+    report = optax_gale.memory_report(optax.adamw(0.1), Params(jnp.ones((4, 4))))
+    assert (report.projectors, report.moments) == (0, 2 * 4 * 16)
