@@ -1,8 +1,8 @@
 """Validation losses of optimizers trained side by side, over learning rates and seeds.
 
 Runs the example's ``compare`` with the arms of a suite. Every finished run is stored, runs that are
-stored are not repeated, and ``--only`` picks arms, so that a long suite can be run in parts and on
-several machines. Prints a Markdown table and stores it with the numbers.
+stored are not repeated, and ``--only`` and ``--rates`` pick some, so that a long suite can be made
+in parts and on several machines. Prints a Markdown table and stores it with the numbers.
 
     python -m benchmarks.training --suite tiny --seeds 0 1 2
     python -m benchmarks.training --suite 60m --train train.u16.xz --validation val.u16.xz
@@ -24,53 +24,57 @@ from examples.flax_llama.config import CompareConfig, ModelOptions, OutputOption
 from examples.flax_llama.data import DataConfig
 from examples.flax_llama.tables import markdown
 
-# In words: which options differ from the library's defaults.
-_LOW_RANK = "lr=1e-2,2e-2,4e-2"
-TINY = {
-    "AdamW": "optimizer=adamw lr=1e-3,2e-3,4e-3",
-    "optax.contrib.galore": f"optimizer=optax_galore {_LOW_RANK}",
-    "GaLore": f"optimizer=galore {_LOW_RANK}",
-    "GALE": f"optimizer=gale_adamw {_LOW_RANK}",
-    "GALE, side short": f"optimizer=gale_adamw side=short {_LOW_RANK}",
-    "GALE, moments kept": f"optimizer=gale_adamw moments=keep {_LOW_RANK}",
-    "GALE, moments reset": f"optimizer=gale_adamw moments=reset {_LOW_RANK}",
-    "GALE, no power iteration": f"optimizer=gale_adamw power_iterations=0 {_LOW_RANK}",
-    "GALE, two power iterations": f"optimizer=gale_adamw power_iterations=2 {_LOW_RANK}",
-    "GALE, SVD": f"optimizer=gale_adamw range_finder=svd {_LOW_RANK}",
-    "GALE, warm start": f"optimizer=gale_adamw range_finder=warm {_LOW_RANK}",
-    "GALE, random subspace": f"optimizer=gale_adamw range_finder=random {_LOW_RANK}",
-    "GALE, Fira": f"optimizer=gale_adamw residual=fira {_LOW_RANK}",
-    "GALE, staggered": f"optimizer=gale_adamw refresh_schedule=staggered {_LOW_RANK}",
-    "GALE, not aligned": f"optimizer=gale_adamw align=False {_LOW_RANK}",
-    "GALE, not aligned, side short": f"optimizer=gale_adamw align=False side=short {_LOW_RANK}",
-    "GALE, not aligned, moments kept": f"optimizer=gale_adamw align=False moments=keep {_LOW_RANK}",
-    "GALE, not aligned, Fira": f"optimizer=gale_adamw align=False residual=fira {_LOW_RANK}",
-    "GALE-Muon": "optimizer=gale_muon lr=5e-3,1e-2,2e-2",
-    "Muon": "optimizer=muon lr=5e-3,1e-2,2e-2",
+# An arm: its options, in whose absence the library's defaults hold, and its learning rates.
+_LOW_RANK = (1e-2, 2e-2, 4e-2)
+TINY: dict[str, tuple[str, tuple[float, ...]]] = {
+    "AdamW": ("optimizer=adamw", (1e-3, 2e-3, 4e-3)),
+    "optax.contrib.galore": ("optimizer=optax_galore", _LOW_RANK),
+    "GaLore": ("optimizer=galore", _LOW_RANK),
+    "GALE": ("optimizer=gale_adamw", _LOW_RANK),
+    "GALE, side short": ("optimizer=gale_adamw side=short", _LOW_RANK),
+    "GALE, moments kept": ("optimizer=gale_adamw moments=keep", _LOW_RANK),
+    "GALE, moments reset": ("optimizer=gale_adamw moments=reset", _LOW_RANK),
+    "GALE, no power iteration": ("optimizer=gale_adamw power_iterations=0", _LOW_RANK),
+    "GALE, two power iterations": ("optimizer=gale_adamw power_iterations=2", _LOW_RANK),
+    "GALE, SVD": ("optimizer=gale_adamw range_finder=svd", _LOW_RANK),
+    "GALE, warm start": ("optimizer=gale_adamw range_finder=warm", _LOW_RANK),
+    "GALE, random subspace": ("optimizer=gale_adamw range_finder=random", _LOW_RANK),
+    "GALE, Fira": ("optimizer=gale_adamw residual=fira", _LOW_RANK),
+    "GALE, staggered": ("optimizer=gale_adamw refresh_schedule=staggered", _LOW_RANK),
+    "GALE, not aligned": ("optimizer=gale_adamw align=False", _LOW_RANK),
+    "GALE, not aligned, side short": ("optimizer=gale_adamw align=False side=short", _LOW_RANK),
+    "GALE, not aligned, moments kept": ("optimizer=gale_adamw align=False moments=keep", _LOW_RANK),
+    "GALE, not aligned, Fira": ("optimizer=gale_adamw align=False residual=fira", _LOW_RANK),
+    "GALE-Muon": ("optimizer=gale_muon", (5e-3, 1e-2, 2e-2)),
+    "Muon": ("optimizer=muon", (5e-3, 1e-2, 2e-2)),
 }
-LLAMA_60M = {
-    "AdamW": "optimizer=adamw lr=1e-3,2e-3,3e-3",
-    "GaLore": "optimizer=galore lr=1e-2",
-    "optax.contrib.galore": "optimizer=optax_galore lr=1e-2",
-    "GALE": "optimizer=gale_adamw lr=5e-3,1e-2,2e-2",
-    "GALE, moments kept": "optimizer=gale_adamw moments=keep lr=1e-2",
-    "GALE, side short": "optimizer=gale_adamw side=short lr=1e-2",
-    "GALE, not aligned": "optimizer=gale_adamw align=False lr=1e-2",
-    "GALE, Fira": "optimizer=gale_adamw residual=fira lr=1e-2,2e-2",
+LLAMA_60M: dict[str, tuple[str, tuple[float, ...]]] = {
+    "AdamW": ("optimizer=adamw", (1e-3, 2e-3, 3e-3)),
+    "GaLore": ("optimizer=galore", (1e-2, 2e-2)),
+    "optax.contrib.galore": ("optimizer=optax_galore", (1e-2, 2e-2)),
+    "GALE": ("optimizer=gale_adamw", (5e-3, 1e-2, 2e-2)),
+    "GALE, moments kept": ("optimizer=gale_adamw moments=keep", (1e-2,)),
+    "GALE, side short": ("optimizer=gale_adamw side=short", (1e-2,)),
+    "GALE, not aligned": ("optimizer=gale_adamw align=False", (1e-2,)),
+    "GALE, Fira": ("optimizer=gale_adamw residual=fira", (1e-2, 2e-2)),
     "GALE, not aligned, side short, moments kept": (
-        "optimizer=gale_adamw align=False side=short moments=keep lr=1e-2"
+        "optimizer=gale_adamw align=False side=short moments=keep",
+        (1e-2,),
     ),
     "GALE, not aligned, side short, Fira": (
-        "optimizer=gale_adamw align=False side=short residual=fira lr=1e-2"
+        "optimizer=gale_adamw align=False side=short residual=fira",
+        (1e-2,),
     ),
     "GALE, not aligned, side short, moments kept, Fira": (
-        "optimizer=gale_adamw align=False side=short moments=keep residual=fira lr=1e-2"
+        "optimizer=gale_adamw align=False side=short moments=keep residual=fira",
+        (1e-2,),
     ),
-    "GALE-Muon": "optimizer=gale_muon lr=1e-2,2e-2,4e-2",
+    "GALE-Muon": ("optimizer=gale_muon", (1e-2, 2e-2, 4e-2)),
     "GALE-Muon, not aligned, side short, moments kept": (
-        "optimizer=gale_muon align=False side=short moments=keep lr=2e-2"
+        "optimizer=gale_muon align=False side=short moments=keep",
+        (2e-2,),
     ),
-    "Muon": "optimizer=muon lr=2e-2",
+    "Muon": ("optimizer=muon", (2e-2,)),
 }
 SUITES = {"tiny": TINY, "60m": LLAMA_60M}
 
@@ -83,6 +87,8 @@ class Config:
     """tiny: the default example. 60m: LLaMA-60M, 800 steps of 512 sequences of token ids."""
     only: tuple[str, ...] = ()
     """Arms to run; all by default."""
+    rates: tuple[float, ...] = ()
+    """Of their learning rates, those to run; all by default."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of weights and data order; every run is made with each."""
     train: Path | None = None
@@ -102,9 +108,9 @@ def slug(arm: str) -> str:
     return re.sub(r"\W+", "-", arm.lower())
 
 
-def comparison(config: Config, seed: int, arm: str) -> CompareConfig:
-    """The options of ``compare`` for one arm and seed."""
-    spec = f"name={slug(arm)} {SUITES[config.suite][arm]}"
+def comparison(config: Config, seed: int, arm: str, rate: float) -> CompareConfig:
+    """The options of ``compare`` for one run."""
+    spec = f"name={slug(arm)}-lr{rate:g} {SUITES[config.suite][arm][0]} lr={rate}"
     shared: dict[str, Any] = {
         "arm": (spec,),
         "out": config.runs / config.suite / f"seed{seed}",
@@ -127,6 +133,18 @@ def comparison(config: Config, seed: int, arm: str) -> CompareConfig:
             vocab_size=32000,
         ),
     )
+
+
+def planned(config: Config) -> list[tuple[int, str, float]]:
+    """Seed, arm and learning rate of every run."""
+    arms = config.only or tuple(SUITES[config.suite])
+    return [
+        (seed, arm, rate)
+        for seed in config.seeds
+        for arm in arms
+        for rate in SUITES[config.suite][arm][1]
+        if not config.rates or rate in config.rates
+    ]
 
 
 def table(suite: str, runs: list[dict[str, Any]]) -> str:
@@ -164,25 +182,18 @@ def main(config: Config) -> None:
     stored = stem.with_suffix(".json")
     runs = json.loads(stored.read_text())["runs"] if stored.exists() else []
     environment = describe()
-    for seed in config.seeds:
-        for arm in config.only or SUITES[config.suite]:
-            compare_config = comparison(config, seed, arm)
-            rates = compare.parse_arms(compare_config)[0].options
-            done = {r["learning_rate"] for r in runs if (r["arm"], r["seed"]) == (arm, seed)}
-            if {o.learning_rate for o in rates} <= done:
-                continue
-            compare.run(compare_config)
-            trials = compare.Results(compare_config.out).trials.values()
-            mine = [t for t in trials if t.arm == slug(arm)]
-            runs = [r for r in runs if (r["arm"], r["seed"]) != (arm, seed)]
-            for trial in mine:
-                fields = dataclasses.asdict(trial)
-                settings = {**fields.pop("identity"), "environment": environment}
-                runs.append({**fields, "arm": arm, "seed": seed, "settings": settings})
-            stored.write_text(json.dumps({"runs": runs}, indent=1, default=str) + "\n")
-            text = table(config.suite, runs)
-            stem.with_suffix(".md").write_text(text + "\n")
-            print(text, flush=True)
+    done = {(run["seed"], run["arm"], run["learning_rate"]) for run in runs}
+    for seed, arm, rate in planned(config):
+        if (seed, arm, rate) in done:
+            continue
+        (trial,) = compare.run(comparison(config, seed, arm, rate)).values()
+        fields = dataclasses.asdict(trial)
+        settings = {**fields.pop("identity"), "environment": environment}
+        runs.append({**fields, "arm": arm, "seed": seed, "settings": settings})
+        stored.write_text(json.dumps({"runs": runs}, indent=1, default=str) + "\n")
+        text = table(config.suite, runs)
+        stem.with_suffix(".md").write_text(text + "\n")
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -47,12 +47,13 @@ def test_the_report_on_7b_counts_what_init_would_make(dtype):
 
 
 @pytest.mark.parametrize("suite", list(training.SUITES))
-def test_every_arm_can_be_parsed_and_has_a_folder_of_its_own(suite):
+def test_every_run_can_be_parsed_and_has_a_folder_of_its_own(suite):
     config = training.Config(suite=suite, train=Path("a.npy"), validation=Path("b.npy"))
-    arms = [
-        compare.parse_arms(training.comparison(config, 0, arm))[0] for arm in training.SUITES[suite]
-    ]
-    assert len({arm.name for arm in arms}) == len(arms)
+    planned = training.planned(config)
+    assert {arm for _, arm, _ in planned} == set(training.SUITES[suite])
+    runs = [compare.parse_arms(training.comparison(config, *run))[0] for run in planned]
+    assert len({run.name for run in runs}) == len(planned)
+    assert [run.options[0].learning_rate for run in runs] == [rate for _, _, rate in planned]
 
 
 def test_the_table_takes_means_over_seeds_and_marks_the_best():
