@@ -1,5 +1,6 @@
 """What a measurement was made on."""
 
+import os
 import platform
 import subprocess
 
@@ -11,10 +12,8 @@ import optax_gale
 
 
 def describe() -> dict[str, str]:
-    """Device, versions and commit."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    """Device, versions and commit; where there is no repository, OPTAX_GALE_COMMIT says which."""
+    commit = os.environ.get("OPTAX_GALE_COMMIT") or _commit()
     return {
         "device": jax.devices()[0].device_kind,
         "devices": str(jax.device_count()),
@@ -25,3 +24,11 @@ def describe() -> dict[str, str]:
         "optax_gale": optax_gale.__version__,
         "commit": commit,
     }
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git
+        return ""

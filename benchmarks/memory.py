@@ -43,7 +43,7 @@ def optimizers(ranks: tuple[int, ...], dtype: jnp.dtype) -> dict[str, optax.Grad
         table[f"GALE, r = {rank}, projector in {dtype.name}"] = optax_gale.gale_adamw(
             1e-3, rank, projector_dtype=dtype
         )
-        table[f"GALE, r = {rank}, side='short'"] = optax_gale.gale_adamw(1e-3, rank, side="short")
+        table[f"GALE, r = {rank}, side='long'"] = optax_gale.gale_adamw(1e-3, rank, side="long")
         table[f"GALE-Muon, r = {rank}"] = optax_gale.gale_muon(1e-3, rank)
     return table
 

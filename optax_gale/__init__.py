@@ -22,6 +22,7 @@ from optax_gale.transforms import (
     memory_report,
     scale_by_orthogonalized_momentum,
     state_partition_specs,
+    update_and_apply,
 )
 
 __version__ = "0.1.0"
@@ -48,4 +49,5 @@ __all__ = [
     "memory_report",
     "scale_by_orthogonalized_momentum",
     "state_partition_specs",
+    "update_and_apply",
 ]

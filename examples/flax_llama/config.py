@@ -114,7 +114,8 @@ class OptimizerOptions:
     scale: float | None = None
     """GaLore's alpha: factor on the update of projected weights."""
     side: Literal["short", "long"] | None = None
-    """Which side of a matrix is projected."""
+    """Which side of a matrix is projected. By default the shorter one; the longer one in models no
+    wider than tiny."""
     range_finder: Literal["gale", "gale_approx", "warm", "svd", "random"] | None = None
     """How a gradient becomes a projector."""
     oversampling: int | None = None

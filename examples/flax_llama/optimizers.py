@@ -15,7 +15,7 @@ from optax.contrib import MuonDimensionNumbers
 import optax_gale
 from examples.flax_llama.config import OptimizerOptions, TrainingOptions
 from examples.flax_llama.errors import UserError, flag
-from examples.flax_llama.sizes import LlamaSize
+from examples.flax_llama.sizes import SIZES, LlamaSize
 
 Settings = Mapping[str, Any]
 Schedule = Callable[[float], optax.Schedule]
@@ -269,7 +269,7 @@ def resolve(name: str, options: OptimizerOptions, size: LlamaSize, steps: int) -
     Args:
       name: a name of the table.
       options: what was asked for.
-      size: the model, whose width decides the default rank.
+      size: the model, whose width decides the default rank and side.
       steps: length of the training, in which there are at least four refreshes by default.
 
     Returns:
@@ -286,6 +286,8 @@ def resolve(name: str, options: OptimizerOptions, size: LlamaSize, steps: int) -
     if "rank" in recipe.options:
         settings.setdefault("rank", size.hidden // 4)
         settings.setdefault("update_proj_gap", max(1, min(200, steps // 4)))
+    if "side" in recipe.options and size.hidden <= SIZES["tiny"].hidden:
+        settings.setdefault("side", "long")  # trains better there: docs/measurements.md
     _check(settings, size)
     return settings
 
@@ -344,7 +346,7 @@ def build(
     with refusals(name):
         tx = recipe.build(settings, functools.partial(schedule, training=training))
     clip = optax.clip_by_global_norm(training.clip_norm) if training.clip_norm else optax.identity()
-    return optax.chain(clip, tx)
+    return optax_gale.chain(clip, tx)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import optax_gale
 from examples.flax_llama.model import Llama, next_token_loss
 
 Batch = Mapping[str, Any]  # tokens (B, T) and mask (B, T), of JAX or of NumPy
@@ -63,14 +64,15 @@ def make_train_step(
         state: TrainState, batch: Batch, refresh: bool | None = None
     ) -> tuple[TrainState, Metrics]:
         loss, grads = jax.value_and_grad(loss_fn)(state.params, batch)
-        extra = {} if refresh is None else {"refresh": refresh}
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
+        extra: dict[str, Any] = {} if refresh is None else {"refresh": refresh}
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
         }
-        params = optax.apply_updates(state.params, updates)
+        params, opt_state = optax_gale.update_and_apply(
+            tx, grads, state.opt_state, state.params, **extra
+        )
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(train_step, static_argnames="refresh", donate_argnums=0)

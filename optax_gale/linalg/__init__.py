@@ -4,8 +4,8 @@ Pure functions, compiled, batched over leading axes, safe for any input: tiny, h
 zero or not finite. They run on matrices whose axes are sharded, on Auto and Explicit meshes.
 """
 
+from optax_gale._products import einsum
 from optax_gale.linalg.orthonormalize import OrthonormalizeMethod, orthonormalize
-from optax_gale.linalg.products import einsum
 from optax_gale.linalg.randomized_svd import randomized_svd
 from optax_gale.linalg.range_finder import random_range, range_finder, svd_range
 from optax_gale.linalg.sketch import SketchKind, gaussian, make_sketch, rademacher

@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from optax_gale._products import einsum, working_dtype
 from optax_gale.linalg.orthonormalize import (
     is_finite,
     normalize_columns,
     or_identity,
     orthonormalize,
 )
-from optax_gale.linalg.products import einsum, working_dtype
 
 
 def tall_svd(b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -12,8 +12,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from optax_gale.linalg import _sharding
-from optax_gale.linalg.products import einsum, working_dtype
+from optax_gale import _sharding
+from optax_gale._products import einsum, working_dtype
 
 OrthonormalizeMethod = Literal["auto", "randomized_cholesky_qr", "householder", "cholesky_qr2"]
 _METHODS = ("auto", "randomized_cholesky_qr", "householder", "cholesky_qr2")

@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from optax_gale._products import einsum, working_dtype
 from optax_gale.linalg._tall_svd import tall_svd
-from optax_gale.linalg.products import einsum, working_dtype
 from optax_gale.linalg.range_finder import check_matrices, range_finder
 
 

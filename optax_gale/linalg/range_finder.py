@@ -7,7 +7,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from optax_gale.linalg import _sharding
+from optax_gale import _sharding
+from optax_gale._products import einsum, working_dtype
 from optax_gale.linalg._tall_svd import tall_svd
 from optax_gale.linalg.orthonormalize import (
     OrthonormalizeMethod,
@@ -17,7 +18,6 @@ from optax_gale.linalg.orthonormalize import (
     or_identity,
     orthonormalize,
 )
-from optax_gale.linalg.products import einsum, working_dtype
 from optax_gale.linalg.sketch import SketchKind, make_sketch
 
 

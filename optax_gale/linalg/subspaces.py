@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from optax_gale._products import einsum, working_dtype
 from optax_gale.linalg._tall_svd import tall_svd
 from optax_gale.linalg.orthonormalize import is_finite, or_identity
-from optax_gale.linalg.products import einsum, working_dtype
 
 
 @jax.jit

@@ -7,6 +7,7 @@ from optax_gale.transforms.aliases import (
     gale_muon,
     gale_sgd,
 )
+from optax_gale.transforms.apply import update_and_apply
 from optax_gale.transforms.matrices import GaleDimensionNumbers
 from optax_gale.transforms.memory import LeafMemory, MemoryReport, memory_report
 from optax_gale.transforms.moments import Rotate
@@ -17,7 +18,8 @@ from optax_gale.transforms.muon import (
 from optax_gale.transforms.partition_specs import state_partition_specs
 from optax_gale.transforms.project import GaleProjectWarning, chain, gale_project
 from optax_gale.transforms.range_finders import RangeFinder, Sketch
-from optax_gale.transforms.wrapper import GaleState, gale
+from optax_gale.transforms.step import GaleState
+from optax_gale.transforms.wrapper import gale
 
 __all__ = [
     "GaleDimensionNumbers",
@@ -40,4 +42,5 @@ __all__ = [
     "memory_report",
     "scale_by_orthogonalized_momentum",
     "state_partition_specs",
+    "update_and_apply",
 ]

@@ -27,7 +27,7 @@ class GaleDimensionNumbers(NamedTuple):
       >>> numbers = optax_gale.GaleDimensionNumbers(reduction_axis=1, output_axis=(2, 3))
       >>> tx = optax_gale.gale(optax.adam(1e-3), 8, weight_dimension_numbers=numbers)
       >>> tx.init(w).projector.shape
-      (4, 128, 8)
+      (4, 64, 8)
     """
 
     reduction_axis: int | Sequence[int] = 0

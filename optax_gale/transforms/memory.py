@@ -135,7 +135,7 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
       ...     "kernel": jax.ShapeDtypeStruct((512, 1376), jnp.float32),
       ... }
       >>> report = optax_gale.memory_report(optax_gale.gale_adamw(1e-3, rank=128), shapes)
-      >>> report.projectors == 4 * 1376 * 128
+      >>> report.projectors == 4 * 512 * 128
       True
       >>> print(report)  # doctest: +SKIP
     """

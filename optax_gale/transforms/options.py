@@ -29,7 +29,7 @@ class Options:
     rank: Any = 128
     update_proj_gap: Any = 200
     scale: Any = 1.0
-    side: Side = "long"
+    side: Side = "short"
     range_finder: RangeFinderName | RangeFinder = "gale"
     moments: Moments = "rotate"
     residual: Residual = None

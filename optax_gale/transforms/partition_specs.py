@@ -57,9 +57,9 @@ def state_partition_specs(tx: optax.GradientTransformation, params: Any, param_s
       >>> params = {"kernel": jax.ShapeDtypeStruct((512, 1024), jnp.float32)}
       >>> tx = optax_gale.gale_adamw(1e-3, rank=64)
       >>> specs = optax_gale.state_partition_specs(tx, params, {"kernel": P("data", "model")})
-      >>> specs.projector["kernel"] == P("model", None)
+      >>> specs.projector["kernel"] == P("data", None)
       True
-      >>> specs.inner_state[0].mu["kernel"] == P("data", None)
+      >>> specs.inner_state[0].mu["kernel"] == P(None, "model")
       True
     """
     leaves, treedef = trees.flatten(params)

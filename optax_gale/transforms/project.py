@@ -5,6 +5,7 @@ from typing import Any
 
 import optax
 
+from optax_gale.transforms.apply import InPlaceTransformation
 from optax_gale.transforms.moments import Moments
 from optax_gale.transforms.options import Options
 from optax_gale.transforms.range_finders import RangeFinder, RangeFinderName
@@ -29,7 +30,7 @@ def gale_project(
     *,
     update_proj_gap: Any = 200,
     scale: Any = 1.0,
-    side: Side = "long",
+    side: Side = "short",
     range_finder: RangeFinderName | RangeFinder = "gale",
     moments: Moments = "rotate",
     residual: Residual = None,
@@ -81,7 +82,7 @@ def gale_project(
       ... )
       >>> state = tx.init({"kernel": jnp.ones((256, 64))})
       >>> state[1].inner_state[0][0].mu["kernel"].shape
-      (8, 64)
+      (256, 8)
     """
     options = Options.of(locals())
     alone = wrap(optax.identity(), options)
@@ -136,10 +137,34 @@ def chain(*args: optax.GradientTransformation) -> optax.GradientTransformationEx
             f"optax_gale.chain takes one gale_project, got {len(stages)} (arguments {stages}). For "
             "different ranks in different leaves, give one of them a tree or a callable as `rank`."
         )
-    if not stages:
-        return optax.with_extra_args_support(optax.chain(*(args or (optax.identity(),))))
-    (i,) = stages
-    stage = args[i]
-    assert isinstance(stage, _ProjectStage)
-    inner = wrap(optax.chain(*(args[i + 1 :] or (optax.identity(),))), stage.options)
-    return optax.with_extra_args_support(optax.chain(*args[:i], inner))
+    if stages:
+        (i,) = stages
+        stage = args[i]
+        assert isinstance(stage, _ProjectStage)
+        args = (
+            *args[:i],
+            wrap(optax.chain(*(args[i + 1 :] or (optax.identity(),))), stage.options),
+        )
+    return _chained(args or (optax.identity(),))
+
+
+def _chained(
+    stages: tuple[optax.GradientTransformation, ...],
+) -> optax.GradientTransformationExtraArgs:
+    """``optax.chain``, whose last stage applies its updates itself if it can."""
+    chained = optax.with_extra_args_support(optax.chain(*stages))
+    *before, last = stages
+    if not isinstance(last, InPlaceTransformation):
+        return chained
+
+    def in_place(grads, state, params, implementation, **extra_args):
+        *states, last_state = state
+        if before:
+            first = optax.with_extra_args_support(optax.chain(*before))
+            grads, states = first.update(grads, tuple(states), params, **extra_args)
+        params, last_state = last.in_place(grads, last_state, params, implementation, **extra_args)
+        return params, (*states, last_state)
+
+    tx = InPlaceTransformation(*chained)
+    tx.in_place = in_place
+    return tx

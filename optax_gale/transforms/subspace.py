@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_gale import linalg
+from optax_gale import pallas
 from optax_gale.transforms import selection, shardings, trees
 from optax_gale.transforms.matrices import MatrixView, Projection
 from optax_gale.transforms.options import Options
@@ -103,13 +103,8 @@ def project(
     """What the inner's `update` sees for a gradient: ``P^T G`` or ``G P``, or the gradient."""
     if matrix is None:
         return trees.rebox(leaf.box, _as_state(options, leaf.value))
-    p = operand(p, matrix.g.dtype)
-    if matrix.projection.rows:
-        r = linalg.einsum("...dr,...dn->...rn", p, matrix.g)
-    else:
-        r = linalg.einsum("...md,...dr->...mr", matrix.g, p)
-    dtype = leaf.value.dtype if weight is None else weight.dtype
-    dtype = dtype if options.state_dtype is None else options.state_dtype
+    r = pallas.project(matrix.g, p, rows=matrix.projection.rows)
+    dtype = subspace_dtype(options, leaf, weight)
     names = trees.box_names(leaf.box)
     derived = None if names is None else matrix.projection.subspace_names(names)
     return trees.rebox(leaf.box, r.astype(dtype), derived)
@@ -120,17 +115,11 @@ def as_inner_param(options: Options, weight: Any) -> Any:
     return _as_state(options, weight)
 
 
-def lift(projection: Projection, p: jax.Array, u: jax.Array, dtype: Any) -> jax.Array:
-    """``P U`` or ``U P^T``, ``(*batch, m, n)`` in float32, with operands fit for ``dtype``."""
-    p, u = operand(p, dtype), operand(u, dtype)
-    if projection.rows:
-        return linalg.einsum("...dr,...rn->...dn", p, u)
-    return linalg.einsum("...mr,...dr->...md", u, p)
-
-
-def operand(x: jax.Array, like: Any) -> jax.Array:
-    """Casts to half precision where the other operand is: tensor cores want both alike."""
-    return x.astype(like) if jnp.dtype(like).itemsize < 4 else x
+def subspace_dtype(options: Options, leaf: trees.Leaf, weight: Any) -> Any:
+    """The dtype in which the inner sees a projected gradient."""
+    if options.state_dtype is not None:
+        return options.state_dtype
+    return leaf.value.dtype if weight is None else weight.dtype
 
 
 def _as_state(options: Options, x: Any) -> Any:

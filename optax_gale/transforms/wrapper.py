@@ -1,42 +1,25 @@
 """The wrapper: any Optax transformation, run in low-rank subspaces."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_gale.pallas import Implementation
 from optax_gale.transforms import inner as inner_lib
 from optax_gale.transforms import moments as moments_lib
 from optax_gale.transforms import projectors as projectors_lib
-from optax_gale.transforms import residual as residual_lib
 from optax_gale.transforms import selection, subspace, trees
+from optax_gale.transforms.apply import InPlaceTransformation
+from optax_gale.transforms.in_place import InPlaceStep
 from optax_gale.transforms.moments import Moments
 from optax_gale.transforms.options import Options, check_scale
 from optax_gale.transforms.range_finders import RangeFinder, RangeFinderName
 from optax_gale.transforms.refresh import RefreshSchedule
 from optax_gale.transforms.residual import Residual
 from optax_gale.transforms.selection import Select, Side
-
-
-class GaleState(NamedTuple):
-    """State of `gale`.
-
-    Attributes:
-      count: steps taken, int32 ``()``.
-      projector: a tree like the parameters, with ``(*batch, d, r)`` arrays at projected leaves and
-        ``optax.MaskedNode`` at the others.
-      inner_state: the inner's state, made for the parameters with projected leaves replaced by
-        their subspaces, ``(*batch, r, n)`` or ``(*batch, m, r)``.
-      residual: a tree like ``projector`` with the residual's ``(*batch,)`` float32 memory, or
-        ``optax.MaskedNode`` where there is none.
-    """
-
-    count: jax.Array  # type: ignore[assignment]
-    projector: Any
-    inner_state: Any
-    residual: Any
+from optax_gale.transforms.step import GaleState, Step
 
 
 def wrap(
@@ -106,174 +89,42 @@ def wrap(
         refresh: bool | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaleState]:
-        if isinstance(refresh, np.bool_):
-            refresh = bool(refresh)
-        if refresh is not None and not isinstance(refresh, bool):
-            raise TypeError(
-                "`refresh` must be True, False or None, and static under jit (two executables, no "
-                f"conditional), got {refresh!r}. Use jax.jit(..., static_argnames='refresh'), or "
-                "leave it out to let the device decide."
-            )
-        step = _Step(inner, full_rank, options, updates, state, params, extra_args)
-        step.refresh_projectors(refresh)
+        step = Step(inner, full_rank, options, updates, state, params, extra_args)
+        step.refresh_projectors(_checked_refresh(refresh))
         step.run_inner()
         return step.lift(), step.new_state()
 
-    return optax.GradientTransformationExtraArgs(init, cast(Any, update))
-
-
-class _Step:
-    """One update, in the order in which its three methods are called."""
-
-    def __init__(self, inner, full_rank, options, updates, state, params, extra_args):
-        self.options, self.state, self.extra_args = options, state, extra_args
-        self.updates = updates
-        self.leaves, self.treedef = trees.flatten(updates)
-        self.boxed_projectors = self._like_updates("state.projector", state.projector)
-        self.projectors = [trees.unbox(p) for p in self.boxed_projectors]
-        self.matrices = subspace.matrices(options, updates, self.leaves, self.projectors)
-        self.projected = [matrix is not None for matrix in self.matrices]
-        self.has_params = params is not None
-        self.weights = (
-            [None] * len(self.leaves)
-            if params is None
-            else [trees.unbox(w) for w in self._like_updates("params", params)]
+    def in_place(
+        updates: optax.Updates,
+        state: GaleState,
+        params: optax.Params,
+        implementation: Implementation | None,
+        *,
+        refresh: bool | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Params, GaleState]:
+        step = InPlaceStep(
+            implementation, inner, full_rank, options, updates, state, params, extra_args
         )
-        self.inner = projectors_lib.inner_of(inner, full_rank, self.treedef, self.projected)
-        self.inner_state = state.inner_state
+        step.refresh_projectors(_checked_refresh(refresh))
+        step.run_inner()
+        return step.apply(), step.new_state()
 
-    def _like_updates(self, name, tree):
-        try:
-            return self.treedef.flatten_up_to(tree)
-        except ValueError as error:
-            raise ValueError(
-                f"`{name}` does not have the structure of the gradients: "
-                f"{jax.tree.structure(tree)} against {self.treedef}. The state must come from "
-                "`init` with the parameters that the gradients are of."
-            ) from error
+    tx = InPlaceTransformation(init, cast(Any, update))
+    tx.in_place = in_place
+    return tx
 
-    def _inner_params(self, of_projected):
-        """The parameters as the inner sees them; the values of projected leaves do not matter."""
-        if not self.has_params:
-            return None
-        return self.treedef.unflatten(
-            [
-                stand_in
-                if projected
-                else trees.rebox(leaf.box, subspace.as_inner_param(self.options, w))
-                for leaf, stand_in, w, projected in zip(
-                    self.leaves, of_projected, self.weights, self.projected, strict=True
-                )
-            ]
+
+def _checked_refresh(refresh: Any) -> bool | None:
+    if isinstance(refresh, np.bool_):
+        return bool(refresh)
+    if refresh is not None and not isinstance(refresh, bool):
+        raise TypeError(
+            "`refresh` must be True, False or None, and static under jit (two executables, no "
+            f"conditional), got {refresh!r}. Use jax.jit(..., static_argnames='refresh'), or "
+            "leave it out to let the device decide."
         )
-
-    def refresh_projectors(self, asked: bool | None) -> None:
-        chosen = [None if matrix is None else matrix.projection for matrix in self.matrices]
-
-        def advance(inner_state):
-            still = jax.tree.map(jnp.zeros_like, self._project())
-            params = self._inner_params(self.treedef.flatten_up_to(still))
-            return self.inner.update(still, inner_state, params, **self.extra_args)[1]
-
-        moments = projectors_lib.InnerMoments(
-            self.options.moments,
-            self.state.inner_state,
-            trees.key_paths(self.updates),
-            chosen,
-            advance,
-            self.state.count,
-        )
-        self.projectors, self.inner_state = projectors_lib.refreshed(
-            self.options,
-            projectors_lib.plan(self.options, self.updates, self.leaves, chosen),
-            self.matrices,
-            self.projectors,
-            moments,
-            self.state.count,
-            asked,
-        )
-
-    def _project(self):
-        return self.treedef.unflatten(
-            [
-                subspace.project(self.options, leaf, matrix, p, weight)
-                for leaf, matrix, p, weight in zip(
-                    self.leaves, self.matrices, self.projectors, self.weights, strict=True
-                )
-            ]
-        )
-
-    def run_inner(self) -> None:
-        self.gradients = self._project()
-        params = self._inner_params(self.treedef.flatten_up_to(self.gradients))
-        if params is None:
-            self.inner_updates, self.inner_state = self.inner.update(
-                self.gradients, self.inner_state, None, **self.extra_args
-            )
-            self.decays: list[Any] = [None] * len(self.leaves)
-            return
-        self.inner_updates, self.inner_state, self.decays = inner_lib.decayed_update(
-            self.inner,
-            self.gradients,
-            self.inner_state,
-            params,
-            self.projected,
-            self.extra_args,
-        )
-
-    def lift(self) -> optax.Updates:
-        scales = trees.per_leaf("scale", self.options.scale, self.updates, self.leaves)
-        inner_updates = [trees.unbox(u) for u in self.treedef.flatten_up_to(self.inner_updates)]
-        gradients = [trees.unbox(r) for r in self.treedef.flatten_up_to(self.gradients)]
-        self.residual = self.treedef.flatten_up_to(self.state.residual)
-        direction: Any = 1.0
-        if self.options.residual is not None and any(self.projected):
-            direction = inner_lib.direction(self.inner, self.gradients, self.projected)
-        out = []
-        for i, (leaf, u) in enumerate(zip(self.leaves, inner_updates, strict=True)):
-            matrix, p, weight = self.matrices[i], self.projectors[i], self.weights[i]
-            dtype = leaf.value.dtype if weight is None else weight.dtype
-            if matrix is not None:
-                step = subspace.lift(matrix.projection, p, u, dtype)
-                if self.options.residual == "fira":
-                    memory = self.residual[i]
-                    term, ratio = residual_lib.fira(
-                        matrix.g,
-                        subspace.operand(p, matrix.g.dtype),
-                        gradients[i],
-                        u,
-                        trees.unbox(memory),
-                        rows=matrix.projection.rows,
-                        direction=direction,
-                    )
-                    self.residual[i] = _like_old(memory, ratio)
-                    step = step + term
-                scale = scales[i]
-                if self.options.shape_scale is not None:
-                    scale = scale * self.options.shape_scale(matrix.projection.view)
-                u = matrix.projection.view.from_matrix(step * scale)
-                if weight is not None:
-                    u = u + self.decays[i] * weight.astype(u.dtype)
-            out.append(trees.rebox(leaf.box, u.astype(dtype)))
-        return self.treedef.unflatten(out)
-
-    def new_state(self) -> GaleState:
-        return GaleState(
-            count=optax.safe_increment(self.state.count),
-            projector=self.treedef.unflatten(
-                [
-                    _like_old(old, p)
-                    for old, p in zip(self.boxed_projectors, self.projectors, strict=True)
-                ]
-            ),
-            inner_state=self.inner_state,
-            residual=self.treedef.unflatten(self.residual),
-        )
-
-
-def _like_old(old: Any, new: Any) -> Any:
-    """New state in the box of the old, if it had one."""
-    return trees.rebox(old, new) if trees.is_box(old) else new
+    return refresh
 
 
 def _check_transformation(name: str, tx: Any) -> None:
@@ -290,7 +141,7 @@ def gale(
     *,
     update_proj_gap: Any = 200,
     scale: Any = 1.0,
-    side: Side = "long",
+    side: Side = "short",
     range_finder: RangeFinderName | RangeFinder = "gale",
     moments: Moments = "rotate",
     residual: Residual = None,
@@ -323,9 +174,9 @@ def gale(
         rank a leaf (None: full rank).
       update_proj_gap: steps between refreshes, at least 1; per leaf as ``rank``.
       scale: GaLore's alpha; per leaf as ``rank``.
-      side: ``"short"`` projects the shorter side of a matrix: moments of ``2 r max(m, n)`` and a
-        projector of ``r min(m, n)`` numbers (GaLore's ``std``). ``"long"`` projects the longer
-        one: ``2 r min(m, n)`` and ``r max(m, n)`` (``optax.contrib.galore``).
+      side: ``"short"``, the default, projects the shorter side of a matrix: moments of
+        ``2 r max(m, n)`` and a projector of ``r min(m, n)`` numbers (GaLore's ``std``). ``"long"``
+        projects the longer one: ``2 r min(m, n)`` and ``r max(m, n)`` (``optax.contrib.galore``).
       range_finder: ``"gale"`` (a sketch; see `Sketch`), ``"gale_approx"`` (the sketch reads a
         quarter of G), ``"warm"`` (subspace iteration from the old P), ``"svd"`` (GaLore),
         ``"random"`` (data-free, APOLLO and Flora), a `Sketch`, or a callable (`RangeFinder`).
@@ -362,9 +213,9 @@ def gale(
       >>> tx = optax_gale.gale(optax.adamw(1e-2), rank=8)
       >>> state = tx.init(params)
       >>> state.projector["kernel"].shape
-      (256, 8)
+      (64, 8)
       >>> state.inner_state[0].mu["kernel"].shape
-      (8, 64)
+      (256, 8)
       >>> updates, state = tx.update(params, state, params)
       >>> params = optax.apply_updates(params, updates)
 

@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 import optax_gale
 
-# Exact SVDs compile in no time, and do not depend on a leaf's path.
-_svd: dict[str, Any] = {"rank": 2, "update_proj_gap": 3, "range_finder": "svd"}
+# Exact SVDs compile in no time, and do not depend on a leaf's path. The side is the other's.
+_svd: dict[str, Any] = {"rank": 2, "update_proj_gap": 3, "side": "long", "range_finder": "svd"}
 
 
 def _params():
@@ -200,7 +200,7 @@ def test_multi_steps_inside_accumulates_in_the_subspace():
     """As an inner, `MultiSteps` needs r n numbers instead of m n, and the range finder still runs
     once a refresh. The gap counts micro-steps then."""
     find, params = _Counting(), _params()
-    options = {"rank": 2, "range_finder": find, "update_proj_gap": 8}
+    options = {"rank": 2, "side": "long", "range_finder": find, "update_proj_gap": 8}
     inside = optax_gale.gale(optax.MultiSteps(optax.adamw(0.1), 4), **options)
     outside = optax.MultiSteps(optax_gale.gale(optax.adamw(0.1), **options), 4)
     got, wanted = _train(inside, params, 4), _train(outside, params, 4)
@@ -227,7 +227,7 @@ def test_inject_hyperparams_without_naming_anything_static():
     tx = optax.inject_hyperparams(optax_gale.gale_adamw)(0.1, rank=2, range_finder="svd")
     params = _params()
     state = tx.init(params)
-    assert state.inner_state.projector["kernel"].shape == (8, 2)
+    assert state.inner_state.projector["kernel"].shape == (6, 2)
     assert {"rank", "learning_rate", "update_proj_gap", "b1"} <= set(state.hyperparams)
     updates, _ = jax.jit(tx.update)(params, state, params)
     wanted, _ = _train(optax_gale.gale_adamw(0.1, **_svd), params, 0)

@@ -35,8 +35,8 @@ def _decays(params):
 _at = {"rank": RANK, "update_proj_gap": GAP}
 _FACTORIES: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
     "adamw": lambda: optax_gale.gale_adamw(0.03, **_at),
-    "adamw short fira": lambda: optax_gale.gale_adamw(
-        0.02, **_at, side="short", residual="fira", weight_decay=1e-3, mask=_decays
+    "adamw long fira": lambda: optax_gale.gale_adamw(
+        0.02, **_at, side="long", residual="fira", weight_decay=1e-3, mask=_decays
     ),
     "adamw staggered": lambda: optax_gale.gale_adamw(
         0.03, **_at, refresh_schedule="staggered", nesterov=True
@@ -54,11 +54,11 @@ _FACTORIES: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
         scale=lambda path, _: 0.5 if path == "kernel" else 1.0,
     ),
     "muon": lambda: optax_gale.gale_muon(0.05, **_at, adam_learning_rate=0.03),
-    "muon approx short": lambda: optax_gale.gale_muon(
+    "muon approx long": lambda: optax_gale.gale_muon(
         0.05,
         **_at,
         range_finder="gale_approx",
-        side="short",
+        side="long",
         weight_decay=1e-3,
     ),
     "adafactor": lambda: optax_gale.gale_adafactor(0.03, **_at),
@@ -71,7 +71,7 @@ _FACTORIES: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
         weight_decay=1e-3,
     ),
     "lion": lambda: optax_gale.gale_lion(0.01, **_at),
-    "lion reset short": lambda: optax_gale.gale_lion(0.01, **_at, moments="reset", side="short"),
+    "lion reset long": lambda: optax_gale.gale_lion(0.01, **_at, moments="reset", side="long"),
     "sgd": lambda: optax_gale.gale_sgd(0.01, **_at),
     "sgd random nesterov": lambda: optax_gale.gale_sgd(
         0.01, **_at, range_finder="random", nesterov=True, weight_decay=1e-3
@@ -88,7 +88,7 @@ _FACTORIES: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
     "chain": lambda: _chained([], {}, optax.adamw(0.03)),
     "chain of stages": lambda: _chained(
         [optax.scale(1.0)],
-        {"refresh_schedule": "staggered", "residual": "fira", "side": "short"},
+        {"refresh_schedule": "staggered", "residual": "fira", "side": "long"},
         optax.scale_by_adam(),
         optax.add_decayed_weights(1e-3),
         optax.scale_by_schedule(optax.linear_schedule(-0.03, -0.01, 200)),

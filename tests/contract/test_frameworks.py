@@ -424,14 +424,14 @@ _RUNS: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
     "sketch": (optax_gale.gale_adamw, {"residual": "fira"}, ("columns", "both", "layers", "bias")),
     "approx": (
         optax_gale.gale_lion,
-        {"range_finder": "gale_approx", "moments": "reset", "side": "short"},
+        {"range_finder": "gale_approx", "moments": "reset", "side": "long"},
         ("both",),
     ),
     "svd": (
         optax_gale.gale_adafactor,
         {
             "range_finder": "svd",
-            "side": "short",
+            "side": "long",
             "refresh_schedule": "staggered",
             "min_dim_size_to_factor": 3,
         },

@@ -1,5 +1,7 @@
 """The optimizers' table: every entry, every option, and what each does to which weight."""
 
+import dataclasses
+
 import conftest
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from examples.flax_llama.config import OptimizerOptions, TrainingOptions
 from examples.flax_llama.errors import UserError
 from examples.flax_llama.memory import breakdown
 from examples.flax_llama.model import Llama
+from examples.flax_llama.sizes import SIZES
 
 SIZE = conftest.NANO
 TRAINING = TrainingOptions(steps=20)
@@ -134,6 +137,18 @@ def test_defaults_follow_model_and_length():
     assert (settings["rank"], settings["update_proj_gap"]) == (4, 5)
     settings = optimizers.resolve("gale_adamw", OptimizerOptions(), SIZE, steps=80_000)
     assert settings["update_proj_gap"] == 200
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+@pytest.mark.parametrize(("size", "side"), [("tiny", "long"), ("60m", None)])
+def test_the_longer_side_is_the_default_of_tiny_alone(name, size, side):
+    """And of no optimizer whose side is part of its definition."""
+    shape = dataclasses.replace(SIZES[size], vocab_size=300)
+    settings = optimizers.resolve(name, OptimizerOptions(), shape, TRAINING.steps)
+    assert settings.get("side") == (None if name.endswith("galore") else side)
+    if "side" in optimizers.RECIPES[name].options:
+        settings = optimizers.resolve(name, OptimizerOptions(side="short"), shape, TRAINING.steps)
+        assert settings["side"] == "short"
 
 
 @pytest.mark.parametrize(

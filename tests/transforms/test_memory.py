@@ -105,7 +105,7 @@ def test_table_groups_layers_and_adds_up():
     }
     text = str(optax_gale.memory_report(optax_gale.gale_adamw(1e-3, 8), unstacked))
     assert "4 x layers_*/kernel" in text
-    assert "rank 8 of 64 x 64, by rows" in text
+    assert "rank 8 of 64 x 64, by columns" in text
     assert "64.0 KiB" in text  # the weights
     assert "optimizer state 24.0 KiB, 18.8% of AdamW's 128.0 KiB" in text
     assert max(map(len, text.splitlines())) < 120

@@ -86,11 +86,11 @@ def test_the_chain_that_people_write_follows_the_formula():
     params, state = last(problem.run(tx))
     bases = {k: np.asarray(p, np.float64) for k, p in state[0].projector.items() if k != "b"}
     expected = problem.run_numpy(
-        formula(shapes, side="long", rank=128, projector=lambda name, step: bases[name])
+        formula(shapes, side="short", rank=128, projector=lambda name, step: bases[name])
     )
     assert_trees_close(params, expected, 1e-5)
     assert_trees_close(problem.moved(params), problem.moved(expected), 2e-5)
-    low_rank = {"wide": (160, 128), "tall": (128, 160), "square": (128, 192), "b": (160,)}
+    low_rank = {"wide": (128, 256), "tall": (256, 128), "square": (192, 128), "b": (160,)}
     for name in ("mu", "nu"):
         assert {k: m.shape for k, m in moments_of(state, name).items()} == low_rank
 

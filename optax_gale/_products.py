@@ -1,9 +1,11 @@
 """Matrix products whose precision does not depend on the device."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from optax_gale.linalg import _sharding
+from optax_gale import _sharding
 
 
 def einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
@@ -62,3 +64,8 @@ def working_dtype(*arrays: jax.Array) -> jnp.dtype:
     """Returns float64 where any of ``arrays`` is float64, else float32."""
     is_double = any(x.dtype == jnp.float64 for x in arrays)
     return jnp.dtype(jnp.float64 if is_double else jnp.float32)
+
+
+def operand(x: jax.Array, like: Any) -> jax.Array:
+    """Casts to half precision where the other operand is: tensor cores want both alike."""
+    return x.astype(like) if jnp.dtype(like).itemsize < 4 else x

@@ -1,0 +1,1 @@
+"""What the measurements on a GPU have in common."""

@@ -1,0 +1,170 @@
+"""The problems that the kernels of `optax_gale.pallas` are measured on."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks.gpu import data
+from benchmarks.gpu.floors import Work, nbytes
+from benchmarks.gpu.shapes import Case, Group, groups
+from benchmarks.gpu.timing import Step
+from optax_gale import pallas
+from optax_gale.pallas import Elementwise, Implementation
+from optax_gale.pallas.dispatch import Problem
+from optax_gale.transforms.fusion import Analysis
+from optax_gale.transforms.selection import Side, project_rows
+
+KERNELS = ("project_update", "back_project_apply")
+
+
+class Shape(NamedTuple):
+    """A group of leaves, the projection of its matrices, and the step of a kernel on them."""
+
+    group: Group
+    rank: int
+    rows: bool
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """Of a stack of matrices; a leaf without a batch axis is a matrix."""
+        batch = () if self.group.batch == 1 else (self.group.batch,)
+        return (*batch, self.group.m, self.group.n)
+
+    @property
+    def projector(self) -> tuple[int, ...]:
+        """Of a stack of projectors."""
+        return (*self.matrix[:-2], self.group.m if self.rows else self.group.n, self.rank)
+
+    @property
+    def subspace(self) -> tuple[int, ...]:
+        """Of a stack of projected gradients."""
+        sides = (self.rank, self.group.n) if self.rows else (self.group.m, self.rank)
+        return (*self.matrix[:-2], *sides)
+
+    @property
+    def flops(self) -> int:
+        """Of one product with the projectors."""
+        count = self.group.leaves * self.group.batch
+        return 2 * count * self.group.m * self.group.n * self.rank
+
+
+class Task(NamedTuple):
+    """A kernel on a problem.
+
+    Attributes:
+      problem: as the dispatch sees it.
+      work: what it must do.
+      carry: shapes of what it changes.
+      fixed: shapes of what it reads.
+      scalars: numbers, which stand among ``fixed`` at the end.
+      step: ``implementation -> step``.
+    """
+
+    problem: Problem
+    work: Work
+    carry: Any
+    fixed: Any
+    scalars: Any
+    step: Any
+
+    def inputs(self) -> tuple[Any, Any]:
+        """Random numbers, the same every time."""
+        carry = jax.tree.map(lambda x: data.normal(x, 5, positive=True), self.carry)
+        fixed = data.normal_tree(self.fixed, 6, scale=0.1)
+        return carry, (*fixed, self.scalars)
+
+
+def shapes_of(cases: list[Case], sides: list[Side]) -> list[Shape]:
+    """Every group of the models, once."""
+    found: dict[Shape, None] = {}
+    for case in cases:
+        for group in groups(case):
+            for side in sides:
+                rows = project_rows(group.m, group.n, side)
+                found[Shape(group, case.rank, rows)] = None
+    return list(found)
+
+
+def task(kernel: str, shape: Shape) -> Task:
+    """A kernel on a group of leaves."""
+    return project_update(shape) if kernel == "project_update" else back_project_apply(shape)
+
+
+def project_update(shape: Shape) -> Task:
+    """The first pass of a step, with Adam and float32 moments."""
+    leaves = shape.group.leaves
+    gradients = [jax.ShapeDtypeStruct(shape.matrix, jnp.bfloat16)] * leaves
+    projectors = [jax.ShapeDtypeStruct(shape.projector, jnp.float32)] * leaves
+    moment = jax.ShapeDtypeStruct(shape.subspace, jnp.float32)
+    update = jax.ShapeDtypeStruct(shape.subspace, jnp.bfloat16)
+    moments = [(moment, moment)] * leaves
+    inner, scalars = adam(moment)
+
+    def step(implementation: Implementation | None) -> Step:
+        def call(carry: Any, fixed: Any) -> Any:
+            (_, moments), (gradients, projectors, scalars) = carry, fixed
+            return pallas.project_update(
+                gradients,
+                projectors,
+                moments,
+                scalars,
+                inner,
+                rows=shape.rows,
+                update_dtype=jnp.bfloat16,
+                implementation=implementation,
+            )
+
+        return call
+
+    carry, fixed = ([update] * leaves, moments), (gradients, projectors)
+    moved = nbytes(fixed) + 2 * nbytes(moments) + nbytes(carry[0])
+    problem = Problem.of("project_update", gradients, projectors, rows=shape.rows)
+    return Task(problem, Work(moved, shape.flops), carry, fixed, [scalars] * leaves, step)
+
+
+def back_project_apply(shape: Shape) -> Task:
+    """The second pass of a step."""
+    leaves = shape.group.leaves
+    weights = [jax.ShapeDtypeStruct(shape.matrix, jnp.bfloat16)] * leaves
+    projectors = [jax.ShapeDtypeStruct(shape.projector, jnp.float32)] * leaves
+    updates = [jax.ShapeDtypeStruct(shape.subspace, jnp.bfloat16)] * leaves
+    scalars = [[jnp.float32(x)] * leaves for x in (-0.01, -1e-4)]
+
+    def step(implementation: Implementation | None) -> Step:
+        def call(weights: Any, fixed: Any) -> Any:
+            projectors, updates, (scales, decays) = fixed
+            return pallas.back_project_apply(
+                weights,
+                projectors,
+                updates,
+                scales,
+                decays,
+                rows=shape.rows,
+                implementation=implementation,
+            )
+
+        return call
+
+    fixed = (projectors, updates)
+    moved = 2 * nbytes(weights) + nbytes(fixed)
+    problem = Problem.of("back_project_apply", weights, projectors, rows=shape.rows)
+    return Task(problem, Work(moved, shape.flops), weights, fixed, scalars, step)
+
+
+def adam(leaf: jax.ShapeDtypeStruct) -> tuple[Elementwise, list[jax.Array]]:
+    """Adam's elementwise program on a leaf, and its scalars at the second step."""
+    tx = optax.adam(1e-3)
+    state = jax.eval_shape(tx.init, leaf)
+    arrays, treedef = jax.tree.flatten(state)
+
+    def update(leaves: list[Any], arrays: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        updates, new = tx.update(leaves[0], jax.tree.unflatten(treedef, arrays))
+        return [updates], jax.tree.leaves(new), []
+
+    analysis = Analysis(update, [leaf], arrays, [0])
+    # Of the state only the counter matters to scalars.
+    counted = [jnp.ones((), x.dtype) if x.shape == () else None for x in arrays]
+    scalars = analysis.evaluate({}, counted, [0]).scalars[0]  # type: ignore[arg-type]
+    return analysis.programs[0].function, scalars

@@ -1,0 +1,70 @@
+"""The second pass of a step: the update leaves the subspace and is applied, in place."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+
+from optax_gale.pallas import dispatch
+from optax_gale.pallas.back_project_apply import xla
+from optax_gale.pallas.dispatch import Implementation, Problem
+
+
+def back_project_apply(
+    weights: Sequence[jax.Array],
+    projectors: Sequence[jax.Array],
+    updates: Sequence[jax.Array],
+    scales: Sequence[jax.Array],
+    decays: Sequence[jax.Array],
+    *,
+    rows: bool,
+    implementation: Implementation | None = None,
+) -> list[jax.Array]:
+    r"""Applies low-rank updates to weights: ``W <- W + decay W + scale P U``.
+
+    ``P U`` where the rows are projected, ``U P^T`` where the columns are. It never stands in
+    memory; sums are float32 and rounded once. With donated weights the result takes their place.
+
+    Args:
+      weights: a group of stacks of one shape and dtype, each ``(*batch, m, n)``.
+      projectors: for each ``(*batch, m, r)``, or ``(*batch, n, r)`` where the columns are.
+      updates: for each ``(*batch, r, n)``, or ``(*batch, m, r)``.
+      scales: for each a float32 scalar.
+      decays: for each a float32 scalar, such as ``-lr * weight_decay``.
+      rows: whether the rows are projected.
+      implementation: None for the fastest that was measured, ``"xla"``, ``"mosaic_gpu"``
+        (Hopper and later), or ``"triton"`` (with `jax-triton`).
+
+    Returns:
+      The new weights. Half-precision weights are updated from operands of their dtype.
+
+    Raises:
+      ValueError: if ``implementation`` is unknown, or (`UnsupportedError`) cannot serve.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_gale.pallas import back_project_apply
+      >>> w, p, u = jnp.ones((4, 3)), jnp.eye(4, 2), jnp.ones((2, 3))
+      >>> (new,) = back_project_apply([w], [p], [u], [-0.5], [0.0], rows=True)
+      >>> new[:, 0].tolist()
+      [0.5, 0.5, 1.0, 1.0]
+    """
+    chosen = choose(weights, projectors, rows=rows, implementation=implementation)
+    backend = dispatch.backend("back_project_apply", chosen)
+    return dispatch.run(
+        functools.partial(backend.back_project_apply, rows=rows),
+        functools.partial(xla.back_project_apply, rows=rows),
+        *(list(x) for x in (weights, projectors, updates, scales, decays)),
+    )
+
+
+def choose(
+    weights: Sequence[jax.Array],
+    projectors: Sequence[jax.Array],
+    *,
+    rows: bool,
+    implementation: Implementation | None = None,
+) -> Implementation:
+    """Decides which implementation serves these arrays; raises as `back_project_apply` does."""
+    problem = Problem.of("back_project_apply", weights, projectors, rows=rows)
+    return dispatch.choose(problem, implementation)

@@ -1,0 +1,35 @@
+"""As XLA compiles it: a matrix product, and one fused pass over the weight."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_gale._products import einsum, operand
+
+
+def back_project_apply(
+    weights: Sequence[jax.Array],
+    projectors: Sequence[jax.Array],
+    updates: Sequence[jax.Array],
+    scales: Sequence[jax.Array],
+    decays: Sequence[jax.Array],
+    *,
+    rows: bool,
+) -> list[jax.Array]:
+    """See `optax_gale.pallas.back_project_apply`."""
+    out = []
+    for w, p, u, scale, decay in zip(weights, projectors, updates, scales, decays, strict=True):
+        wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+        step = back_project(p, u, rows=rows, dtype=w.dtype)
+        out.append((wide + decay * wide + scale * step).astype(w.dtype))
+    return out
+
+
+def back_project(p: jax.Array, u: jax.Array, *, rows: bool, dtype: Any) -> jax.Array:
+    """``P U`` or ``U P^T`` in float32, from operands fit for weights of ``dtype``."""
+    p, u = operand(p, dtype), operand(u, dtype)
+    if rows:
+        return einsum("...dr,...rn->...dn", p, u)
+    return einsum("...mr,...dr->...md", u, p)

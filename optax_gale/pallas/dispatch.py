@@ -1,0 +1,173 @@
+"""Which implementation serves a problem: a measured table, and what each backend can do."""
+
+import functools
+import importlib
+import json
+import math
+from collections.abc import Callable
+from importlib import resources
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from optax_gale._sharding import spec_of
+
+Implementation = Literal["xla", "mosaic_gpu", "triton"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "mosaic_gpu", "triton")
+
+
+class UnsupportedError(ValueError):
+    """An implementation was asked for that cannot serve the problem."""
+
+
+class Problem(NamedTuple):
+    """What decides which implementation is fastest.
+
+    Attributes:
+      kernel: name of the kernel.
+      leaves: how many stacks are served together.
+      batch: matrices in one of them.
+      m: rows of a matrix.
+      n: columns of a matrix.
+      rank: rank of the projectors.
+      rows: whether the rows are projected.
+      dtype: of the matrices.
+      sharded: whether the types of the operands spread them over devices.
+    """
+
+    kernel: str
+    leaves: int
+    batch: int
+    m: int
+    n: int
+    rank: int
+    rows: bool
+    dtype: str
+    sharded: bool = False
+
+    @classmethod
+    def of(cls, kernel: str, matrices: Any, projectors: Any, *, rows: bool) -> "Problem":
+        """Describes a group of stacks ``(*batch, m, n)`` with projectors ``(*batch, d, r)``."""
+        *batch, m, n = matrices[0].shape
+        rank = projectors[0].shape[-1]
+        dtype = jnp.dtype(matrices[0].dtype).name
+        sharded = any(any(spec_of(x)) for x in (*matrices, *projectors))
+        return cls(kernel, len(matrices), math.prod(batch), m, n, rank, rows, dtype, sharded)
+
+
+def choose(problem: Problem, asked: Implementation | None) -> Implementation:
+    """Decides who serves a problem.
+
+    Args:
+      problem: the problem.
+      asked: the implementation that must serve it, or None for the fastest.
+
+    Returns:
+      The implementation.
+
+    Raises:
+      ValueError: if ``asked`` is no implementation.
+      UnsupportedError: if it cannot serve the problem.
+    """
+    if asked is not None and asked not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"`implementation` must be None or one of {IMPLEMENTATIONS}, got {asked!r}."
+        )
+    if asked is not None:
+        reason = refusal(problem, asked)
+        if reason is not None:
+            raise UnsupportedError(
+                f"{problem.kernel}: implementation={asked!r} cannot serve {_words(problem)}: "
+                f"{reason}. Leave `implementation` out, or use 'xla'."
+            )
+        return asked
+    # An array may be spread over the devices without its type saying so, and a kernel in a program
+    # for several devices would gather it.
+    if jax.default_backend() != "gpu" or jax.device_count() > 1:
+        return "xla"
+    ranked = fastest_first(problem, capability())
+    return next((name for name in ranked if refusal(problem, name) is None), "xla")
+
+
+def refusal(problem: Problem, name: Implementation) -> str | None:
+    """Why an implementation cannot serve a problem; None if it can."""
+    if name == "xla":
+        return None
+    if problem.sharded:
+        return "they are sharded over devices"
+    try:
+        module = backend(problem.kernel, name)
+    except ImportError as error:
+        return f"this JAX does not have what it needs ({error})"
+    reason: str | None = module.refusal(problem)
+    return reason
+
+
+def backend(kernel: str, name: Implementation) -> Any:
+    """The module of a kernel's implementation, imported when it is wanted."""
+    return importlib.import_module(f"optax_gale.pallas.{kernel}.{name}")
+
+
+def run(kernel: Callable[..., Any], xla: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs a kernel, and under `jax.vmap`, for which kernels have no rule, XLA's form of it."""
+
+    @custom_vmap
+    def call(*arguments: Any) -> Any:
+        return kernel(*arguments)
+
+    @call.def_vmap
+    def _(axis_size: int, in_batched: Any, *arguments: Any) -> Any:
+        axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(in_batched))
+        out = jax.vmap(xla, in_axes=axes, axis_size=axis_size)(*arguments)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call(*arguments)
+
+
+def _words(problem: Problem) -> str:
+    side = "rows" if problem.rows else "columns"
+    return (
+        f"{problem.leaves} x {problem.batch} {problem.dtype} matrices of {problem.m} x "
+        f"{problem.n}, {side} projected to rank {problem.rank}"
+    )
+
+
+def capability() -> str:
+    """Compute capability of the GPU, such as ``"9.0"``; empty where there is none."""
+    if jax.default_backend() != "gpu":
+        return ""
+    return str(getattr(jax.devices()[0], "compute_capability", ""))
+
+
+def fastest_first(problem: Problem, architecture: str) -> list[Implementation]:
+    """The implementations that were measured on the problem nearest to this one, by their times.
+
+    XLA alone where nothing like it was measured: another architecture, dtype or orientation, or a
+    problem more than four times as large or small in one of its dimensions.
+    """
+    best, shortest = None, math.inf
+    for entry in _table():
+        if entry["architecture"] != architecture:
+            continue
+        measured = Problem(**entry["problem"])
+        alike = ("kernel", "dtype", "rows")
+        if any(getattr(measured, name) != getattr(problem, name) for name in alike):
+            continue
+        # Alignment decides whether rows can be copied in bulk.
+        if (measured.n % 8 == 0) != (problem.n % 8 == 0):
+            continue
+        pairs = [(getattr(measured, x), getattr(problem, x)) for x in ("m", "n", "rank")]
+        pairs.append((measured.leaves * measured.batch, problem.leaves * problem.batch))
+        steps = [abs(math.log2(a / b)) for a, b in pairs]
+        if max(steps) <= 2 and sum(steps) < shortest:
+            best, shortest = entry["times_ms"], sum(steps)
+    times: dict[Implementation, float] = best or {"xla": 0.0}
+    return sorted(times, key=lambda name: times[name])
+
+
+@functools.cache
+def _table() -> list[dict[str, Any]]:
+    text = resources.files("optax_gale.pallas").joinpath("measured.json").read_text()
+    return list(json.loads(text)["entries"])

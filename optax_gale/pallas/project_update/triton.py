@@ -1,0 +1,249 @@
+"""With Triton, on Ampere and later: the inner runs on a tile of R while registers hold it."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_gale.pallas import _triton
+from optax_gale.pallas._triton import refusal
+from optax_gale.pallas.dispatch import Problem
+from optax_gale.pallas.elementwise import Elementwise
+from optax_gale.pallas.project_update import epilogue
+
+__all__ = ["Tile", "choose_tile", "project_update", "refusal"]
+
+
+class Tile(NamedTuple):
+    """How the work is cut up.
+
+    Attributes:
+      side: of the side that is kept, in one tile of R.
+      rank: of the rank, in one tile of R.
+      depth: of the projected side, in one step.
+      warps: of a program.
+      stages: steps under way at once.
+      parts: in how many parts a tile of R is finished, since moments need registers too.
+    """
+
+    side: int
+    rank: int
+    depth: int
+    warps: int
+    stages: int
+    parts: int = 1
+
+
+def choose_tile(problem: Problem, capability: tuple[int, int]) -> Tile:
+    """A tile for a problem on a GPU of a compute capability."""
+    rank = min(128, max(16, _triton.power_of_two(problem.rank)))
+    if problem.dtype == "float32":
+        return Tile(64, min(64, rank), 32, 4, 2)
+    kept = problem.n if problem.rows else problem.m
+    matrices = problem.leaves * problem.batch * -(-problem.rank // rank)
+    # The widest tile that gives every multiprocessor a program or two: each reads all of P.
+    sides = (256, 128, 64, 32) if capability >= (9, 0) else (128, 64, 32)
+    side = next((s for s in sides if matrices * -(-kept // s) >= 240), 32)
+    depth, stages = (64, 4) if capability >= (9, 0) else (32, 3)
+    warps = 8 if side * rank >= 256 * 128 or (capability < (9, 0) and side == 128) else 4
+    return Tile(side, rank, depth, warps, stages, 8 if side * rank >= 128 * 32 * warps else 1)
+
+
+def project_update(
+    gradients: Sequence[jax.Array],
+    projectors: Sequence[jax.Array],
+    moments: Sequence[Sequence[jax.Array]],
+    scalars: Sequence[Sequence[jax.Array]],
+    inner: Elementwise,
+    *,
+    rows: bool,
+    update_dtype: Any,
+    tile: Tile | None = None,
+) -> tuple[list[jax.Array], list[tuple[jax.Array, ...]]]:
+    """See `optax_gale.pallas.project_update`; ``tile`` overrides the chosen one."""
+    problem = Problem.of("project_update", gradients, projectors, rows=rows)
+    tile = tile or choose_tile(problem, _triton.capability())
+    *batch, m, n = gradients[0].shape
+    shape = jax.ShapeDtypeStruct(
+        (*batch, problem.rank, n) if rows else (*batch, m, problem.rank), update_dtype
+    )
+    names = [f"moment{i}" for i in range(len(moments[0]))]
+    numbers = [jnp.asarray(x).dtype for x in scalars[0]]
+    dtypes = (jnp.float32, *(x.dtype for x in moments[0]), *numbers)
+    tall, wide, programs = _tiles(problem, tile)
+    body = _body(
+        problem._replace(leaves=1),
+        tile,
+        tall,
+        wide,
+        epilogue.inner_source(inner, dtypes),
+        epilogue.finish_source(inner, numbers),
+    )
+    updates: list[jax.Array] = []
+    new: list[tuple[jax.Array, ...]] = []
+    for leaves in _triton.launches(problem.leaves, pointers=3 + 2 * len(names)):
+        out = _triton.call(
+            "project_update",
+            body,
+            programs,
+            inputs={
+                "projector": [p.astype(problem.dtype) for p in projectors[leaves]],
+                "gradient": gradients[leaves],
+            },
+            donated={name: [x[i] for x in moments[leaves]] for i, name in enumerate(names)},
+            scalars=scalars[leaves],
+            fresh={"update": [shape for _ in gradients[leaves]]},
+            warps=tile.warps,
+            stages=tile.stages,
+        )
+        updates += out["update"]
+        new += [tuple(out[name][i] for name in names) for i in range(len(out["update"]))]
+    return updates, new
+
+
+def _tiles(problem: Problem, tile: Tile) -> tuple[int, int, int]:
+    """Tiles along the kept side and along the rank, and the programs that serve a leaf."""
+    period = 1 if problem.rows else _triton.alignment(problem.m, problem.n, problem.dtype)[0]
+    kept = problem.n if problem.rows else problem.m
+    tall = period * -(-kept // period // tile.side)
+    wide = -(-problem.rank // tile.rank)
+    return tall, wide, problem.batch * tall * wide
+
+
+@functools.cache
+def _body(
+    problem: Problem, tile: Tile, tall: int, wide: int, inner_source: str, finish_source: str
+) -> Any:
+    """What a program does, for `_triton.call`."""
+    import triton
+    import triton.language as tl
+    from triton.language.extra import libdevice
+
+    period, vector = _triton.alignment(problem.m, problem.n, problem.dtype)
+    M, N, R = (tl.constexpr(x) for x in (problem.m, problem.n, problem.rank))
+    SIDE, RANK, DEPTH = (tl.constexpr(x) for x in tile[:3])
+    PERIOD, VECTOR, PARTS = (tl.constexpr(x) for x in (period, vector, tile.parts))
+    TALL, WIDE, ROWS = (tl.constexpr(x) for x in (tall, wide, problem.m // period))
+    LINES = RANK if problem.rows else SIDE
+    EVEN_R = tl.constexpr(problem.rank % tile.rank == 0)
+    EVEN_M = tl.constexpr(problem.m // period % tile.side == 0)
+    EVEN_N = tl.constexpr(problem.n % tile.side == 0)
+    EVEN = tl.constexpr((EVEN_N if problem.rows else EVEN_M) and EVEN_R)
+    inner = _triton.compiled("inner", inner_source, {"libdevice": libdevice})
+    finish = _triton.compiled("finish", finish_source, {"inner": inner})
+
+    @triton.jit
+    def finish_parts(
+        part,
+        base,
+        line,
+        lines,
+        first,
+        end,
+        numbers,
+        results,
+        PLACES: tl.constexpr,
+        LEFT: tl.constexpr,
+    ):
+        # Halves of a row stay in the registers that hold them.
+        if LEFT == 1:
+            place = first + tl.arange(0, PLACES)
+            offsets = line[:, None] + place[None, :]
+            if EVEN:
+                finish(part, base, offsets, None, numbers, results)
+            else:
+                mask = lines[:, None] & (place < end)[None, :]
+                finish(part, base, offsets, mask, numbers, results)
+        else:
+            HALF: tl.constexpr = PLACES // 2
+            MORE: tl.constexpr = LEFT // 2
+            a, b = part.reshape(LINES, 2, HALF).trans(0, 2, 1).split()
+            finish_parts(a, base, line, lines, first, end, numbers, results, HALF, MORE)
+            finish_parts(b, base, line, lines, first + HALF, end, numbers, results, HALF, MORE)
+
+    @triton.jit
+    def project_rows(projector, gradient, results, numbers, program):
+        # Tiles that read the same columns of G run together.
+        matrix = (program // (TALL * WIDE)).to(tl.int64)
+        i = program % (TALL * WIDE) % WIDE
+        j = program % (TALL * WIDE) // WIDE
+        r = i * RANK + tl.arange(0, RANK)
+        column = j * SIDE + tl.arange(0, SIDE)
+        k = tl.arange(0, DEPTH)
+        p_cells = projector + matrix * (M * R) + r[:, None] + k[None, :] * R
+        g_cells = gradient + matrix * (M * N) + k[:, None] * N + column[None, :]
+        p_mask = None if EVEN_R else (r < R)[:, None]
+        g_mask = None if EVEN_N else (column < N)[None, :]
+        tile = tl.zeros((RANK, SIDE), tl.float32)
+        for _ in range(0, M // DEPTH):
+            p = tl.load(p_cells, mask=p_mask)
+            g = tl.load(g_cells, mask=g_mask)
+            tile = tl.dot(p, g, tile, input_precision="ieee")
+            p_cells += DEPTH * R
+            g_cells += DEPTH * N
+        if M % DEPTH != 0:
+            rest = k < M % DEPTH
+            p = tl.load(p_cells, mask=(r < R)[:, None] & rest[None, :], other=0.0)
+            g = tl.load(g_cells, mask=rest[:, None] & (column < N)[None, :], other=0.0)
+            tile = tl.dot(p, g, tile, input_precision="ieee")
+
+        base = matrix * (R * N) + i.to(tl.int64) * (RANK * N)
+        line = tl.arange(0, RANK) * N
+        finish_parts(tile, base, line, r < R, j * SIDE, N, numbers, results, SIDE, PARTS)
+
+    @triton.jit
+    def edge_step(tile, p_cells, g_cells, r, step, shift):
+        # Full vectors of G hold elements of the neighbouring rows too, which must not count.
+        place = step * DEPTH + tl.arange(0, DEPTH)
+        column = place - shift
+        inside = (column >= 0) & (column < N)
+        p_mask = inside[:, None] & (r < R)[None, :]
+        p = tl.load(p_cells + column.to(tl.int64)[:, None] * R, mask=p_mask, other=0.0)
+        g_mask = (place < tl.cdiv(shift + N, VECTOR) * VECTOR)[None, :]
+        g = tl.load(g_cells + place[None, :], mask=g_mask, other=0.0)
+        g = tl.where(inside[None, :], g, 0.0)
+        return tl.dot(g, p, tile, input_precision="ieee")
+
+    @triton.jit
+    def project_columns(projector, gradient, results, numbers, program):
+        matrix = (program // (TALL * WIDE)).to(tl.int64)
+        j = program % (TALL * WIDE) % WIDE
+        i = program % (TALL * WIDE) // WIDE
+        phase = i % PERIOD
+        top = i // PERIOD * SIDE
+        lead = phase * N // VECTOR * VECTOR
+        shift = phase * N - lead
+        line = tl.arange(0, SIDE)
+        near = line if EVEN_M else tl.minimum(line, ROWS - 1 - top)
+        r = j * RANK + tl.arange(0, RANK)
+        p_cells = projector + matrix * (N * R) + r[None, :]
+        p_mask = None if EVEN_R else (r < R)[None, :]
+        g_cells = gradient + matrix * (M * N) + top.to(tl.int64) * (PERIOD * N) + lead
+        g_cells += near[:, None] * (PERIOD * N)
+        tile = tl.zeros((SIDE, RANK), tl.float32)
+
+        # A row of G may begin and end within a step.
+        first = 0 if PERIOD == 1 else 1
+        last = N // DEPTH if PERIOD == 1 else tl.maximum((shift + N) // DEPTH, 1)
+        if PERIOD != 1:
+            tile = edge_step(tile, p_cells, g_cells, r, 0, shift)
+        k = tl.arange(0, DEPTH)
+        ps = p_cells + (first * DEPTH - shift + k)[:, None] * R
+        gs = g_cells + first * DEPTH + k[None, :]
+        for _ in range(first, last):
+            p = tl.load(ps, mask=p_mask)
+            tile = tl.dot(tl.load(gs), p, tile, input_precision="ieee")
+            ps += DEPTH * R
+            gs += DEPTH
+        if PERIOD != 1 or N % DEPTH != 0:
+            tile = edge_step(tile, p_cells, g_cells, r, last, shift)
+
+        base = matrix * (M * R) + (phase + top * PERIOD).to(tl.int64) * R
+        lines = top + line < ROWS
+        finish_parts(
+            tile, base, line * (PERIOD * R), lines, j * RANK, R, numbers, results, RANK, PARTS
+        )
+
+    return project_rows if problem.rows else project_columns

@@ -1,0 +1,36 @@
+"""As XLA compiles it: a matrix product, and one fused pass over the moments."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from optax_gale._products import einsum, operand
+from optax_gale.pallas.elementwise import Elementwise
+
+
+def project_update(
+    gradients: Sequence[jax.Array],
+    projectors: Sequence[jax.Array],
+    moments: Sequence[Sequence[jax.Array]],
+    scalars: Sequence[Sequence[jax.Array]],
+    inner: Elementwise,
+    *,
+    rows: bool,
+    update_dtype: Any,
+) -> tuple[list[jax.Array], list[tuple[jax.Array, ...]]]:
+    """See `optax_gale.pallas.project_update`."""
+    updates, new = [], []
+    for g, p, old, numbers in zip(gradients, projectors, moments, scalars, strict=True):
+        u, *changed = inner([project(g, p, rows=rows), *old], numbers)
+        updates.append(u.astype(update_dtype))
+        new.append(tuple(x.astype(o.dtype) for x, o in zip(changed, old, strict=True)))
+    return updates, new
+
+
+def project(g: jax.Array, p: jax.Array, *, rows: bool) -> jax.Array:
+    """``P^T G`` or ``G P`` in float32."""
+    p = operand(p, g.dtype)
+    if rows:
+        return einsum("...dr,...dn->...rn", p, g)
+    return einsum("...md,...dr->...mr", g, p)

@@ -1,0 +1,173 @@
+"""A step that applies its update itself, in kernels where they pay."""
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_gale import pallas
+from optax_gale.pallas import Implementation
+from optax_gale.transforms import fusion, subspace, trees
+from optax_gale.transforms.step import Step
+
+
+class InPlaceStep(Step):
+    """As `Step`, and then `apply` in place of `lift`.
+
+    Nothing of a weight's size is made but the weight's new value: gradients are projected, stepped
+    in the subspace, and added to the weights by two kernels a group of leaves of one shape.
+    """
+
+    def __init__(self, implementation: Implementation | None, *args):
+        super().__init__(*args)
+        self.implementation = implementation
+
+    def run_inner(self) -> None:
+        """Runs the inner; where it is elementwise, in the kernel that projects the gradient."""
+        served = self._served()
+        if not served:
+            return super().run_inner()
+        analysis, decays = self._analysed(served)
+        groups = _grouped(
+            [i for i in served if i in analysis.programs],
+            lambda i: (served[i], self._kind(i), analysis.programs[i].function),
+        )
+        in_kernels = [i for group in groups for i in group]
+        rest = analysis.evaluate(
+            {
+                i: trees.unbox(self._project_leaf(i))
+                for i in range(len(self.leaves))
+                if i not in in_kernels
+            },
+            jax.tree.leaves(self.inner_state),
+            in_kernels,
+        )
+        for group in groups:
+            self._run_group(group, served[group[0]], analysis, rest)
+        self.inner_updates = self.treedef.unflatten(
+            [trees.rebox(x.box, u) for x, u in zip(self.leaves, rest.updates, strict=True)]
+        )
+        self.inner_state = jax.tree.unflatten(jax.tree.structure(self.inner_state), rest.state)
+        values = iter(rest.others)
+        self.decays = [next(values) if is_one else None for is_one in decays]
+        return None
+
+    def _served(self) -> dict[int, Implementation]:
+        """The leaves whose projection a kernel serves, and which kernel."""
+        if self.options.residual is not None:  # which needs R
+            return {}
+        out: dict[int, Implementation] = {}
+        where = [i for i, projected in enumerate(self.projected) if projected]
+        for group in _grouped(where, self._kind):
+            implementation = pallas.choose_project_update(
+                [self.matrices[i].g for i in group],
+                [self.projectors[i] for i in group],
+                rows=self.matrices[group[0]].projection.rows,
+                implementation=self.implementation,
+            )
+            if implementation != "xla":
+                out |= dict.fromkeys(group, implementation)
+        return out
+
+    def _kind(self, i: int) -> Hashable:
+        """What leaves must have in common to be served together."""
+        matrix = self.matrices[i]
+        arrays = (matrix.g, self.projectors[i], self.weights[i])
+        return (matrix.projection.rows, *((x.shape[-2:], x.size, str(x.dtype)) for x in arrays))
+
+    def _analysed(self, served) -> tuple[fusion.Analysis, list[bool]]:
+        shapes = jax.eval_shape(self._project)
+        decays: list[bool] = []
+
+        def inner(leaves, state):
+            gradients = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+            params = self._inner_params(self.treedef.flatten_up_to(gradients))
+            state = jax.tree.unflatten(jax.tree.structure(self.inner_state), state)
+            updates, new, found = self._run(gradients, state, params)
+            decays[:] = [d is not None for d in found]
+            return (
+                jax.tree.leaves(updates),
+                jax.tree.leaves(new),
+                [d for d in found if d is not None],
+            )
+
+        leaves, state = jax.tree.leaves(shapes), jax.tree.leaves(self.inner_state)
+        return fusion.Analysis(inner, leaves, state, served), decays
+
+    def _run_group(self, group, implementation, analysis, rest) -> None:
+        """Runs the kernel on a group of leaves, and puts its results among the rest."""
+        programs = [analysis.programs[i] for i in group]
+        state = jax.tree.leaves(self.inner_state)
+        weight = self.weights[group[0]]
+        inner_dtype = subspace.subspace_dtype(self.options, self.leaves[group[0]], weight)
+        kernel = functools.partial(
+            pallas.project_update,
+            [self.matrices[i].g for i in group],
+            [self.projectors[i] for i in group],
+            [[state[k] for k in program.moments] for program in programs],
+            [rest.scalars[i] for i in group],
+            programs[0].function,
+            rows=self.matrices[group[0]].projection.rows,
+            update_dtype=weight.dtype if weight.dtype.itemsize < 4 else inner_dtype,
+        )
+        try:
+            updates, moments = kernel(implementation=implementation)
+        except pallas.UnsupportedError:  # something in the inner's step
+            if self.implementation is not None:
+                raise
+            updates, moments = kernel(implementation="xla")
+        for i, program, u, new in zip(group, programs, updates, moments, strict=True):
+            rest.updates[i] = u
+            for k, moment in zip(program.moments, new, strict=True):
+                rest.state[k] = moment
+
+    def apply(self) -> optax.Params:
+        """The parameters after the step."""
+        if self.options.residual is not None:
+            return self._apply_changes()
+        updates = [trees.unbox(u) for u in self.treedef.flatten_up_to(self.inner_updates)]
+        self.residual = self.treedef.flatten_up_to(self.state.residual)
+        new = [
+            w if projected else optax.apply_updates(w, u)
+            for w, u, projected in zip(self.weights, updates, self.projected, strict=True)
+        ]
+        scales = self._scales()
+        where = [i for i, projected in enumerate(self.projected) if projected]
+        for group in _grouped(where, lambda i: (self._kind(i), str(updates[i].dtype))):
+            views = [self.matrices[i].projection.view for i in group]
+            applied = pallas.back_project_apply(
+                [view.to_matrix(self.weights[i]) for view, i in zip(views, group, strict=True)],
+                [self.projectors[i] for i in group],
+                [updates[i] for i in group],
+                [jnp.asarray(scales[i], jnp.float32) for i in group],
+                [self.decays[i] for i in group],
+                rows=self.matrices[group[0]].projection.rows,
+                implementation=self.implementation,
+            )
+            for i, view, w in zip(group, views, applied, strict=True):
+                new[i] = view.from_matrix(w)
+        return self._like_params(new)
+
+    def _apply_changes(self) -> optax.Params:
+        """With a residual the change of a weight is full-size anyhow; XLA fuses what follows."""
+        new = []
+        for w, change, decay in zip(self.weights, self._changes(), self.decays, strict=True):
+            if decay is not None:
+                change = change + decay * w.astype(change.dtype)
+            new.append(optax.apply_updates(w, change))
+        return self._like_params(new)
+
+    def _like_params(self, values: Sequence[jax.Array]) -> optax.Params:
+        return self.treedef.unflatten(
+            [trees.rebox(leaf.box, w) for leaf, w in zip(self.leaves, values, strict=True)]
+        )
+
+
+def _grouped(items: Sequence[int], key: Callable[[int], Hashable]) -> list[list[int]]:
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for i in items:
+        groups[key(i)].append(i)
+    return list(groups.values())

@@ -1,0 +1,216 @@
+"""One step of the wrapper, and the state that it carries."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_gale import pallas
+from optax_gale._products import operand
+from optax_gale.transforms import inner as inner_lib
+from optax_gale.transforms import projectors as projectors_lib
+from optax_gale.transforms import residual as residual_lib
+from optax_gale.transforms import subspace, trees
+
+
+class GaleState(NamedTuple):
+    """State of `gale`.
+
+    Attributes:
+      count: steps taken, int32 ``()``.
+      projector: a tree like the parameters, with ``(*batch, d, r)`` arrays at projected leaves and
+        ``optax.MaskedNode`` at the others.
+      inner_state: the inner's state, made for the parameters with projected leaves replaced by
+        their subspaces, ``(*batch, r, n)`` or ``(*batch, m, r)``.
+      residual: a tree like ``projector`` with the residual's ``(*batch,)`` float32 memory, or
+        ``optax.MaskedNode`` where there is none.
+    """
+
+    count: jax.Array  # type: ignore[assignment]
+    projector: Any
+    inner_state: Any
+    residual: Any
+
+
+class Step:
+    """One update: the projectors are refreshed, the inner runs, its update is lifted or applied.
+
+    The methods are called in that order, and then `new_state`.
+    """
+
+    def __init__(self, inner, full_rank, options, updates, state, params, extra_args):
+        self.options, self.state, self.extra_args = options, state, extra_args
+        self.updates = updates
+        self.leaves, self.treedef = trees.flatten(updates)
+        self.boxed_projectors = self._like_updates("state.projector", state.projector)
+        self.projectors = [trees.unbox(p) for p in self.boxed_projectors]
+        self.matrices: list[Any] = subspace.matrices(options, updates, self.leaves, self.projectors)
+        self.projected = [matrix is not None for matrix in self.matrices]
+        self.has_params = params is not None
+        self.weights: list[Any] = (
+            [None] * len(self.leaves)
+            if params is None
+            else [trees.unbox(w) for w in self._like_updates("params", params)]
+        )
+        self.inner = projectors_lib.inner_of(inner, full_rank, self.treedef, self.projected)
+        self.inner_state = state.inner_state
+
+    def _like_updates(self, name, tree):
+        try:
+            return self.treedef.flatten_up_to(tree)
+        except ValueError as error:
+            raise ValueError(
+                f"`{name}` does not have the structure of the gradients: "
+                f"{jax.tree.structure(tree)} against {self.treedef}. The state must come from "
+                "`init` with the parameters that the gradients are of."
+            ) from error
+
+    def _inner_params(self, of_projected):
+        """The parameters as the inner sees them; the values of projected leaves do not matter."""
+        if not self.has_params:
+            return None
+        return self.treedef.unflatten(
+            [
+                stand_in
+                if projected
+                else trees.rebox(leaf.box, subspace.as_inner_param(self.options, w))
+                for leaf, stand_in, w, projected in zip(
+                    self.leaves, of_projected, self.weights, self.projected, strict=True
+                )
+            ]
+        )
+
+    def refresh_projectors(self, asked: bool | None) -> None:
+        """Refreshes what is due, or what the caller asks for."""
+        chosen = [None if matrix is None else matrix.projection for matrix in self.matrices]
+
+        def advance(inner_state):
+            still = jax.tree.map(jnp.zeros_like, self._project())
+            params = self._inner_params(self.treedef.flatten_up_to(still))
+            return self.inner.update(still, inner_state, params, **self.extra_args)[1]
+
+        moments = projectors_lib.InnerMoments(
+            self.options.moments,
+            self.state.inner_state,
+            trees.key_paths(self.updates),
+            chosen,
+            advance,
+            self.state.count,
+        )
+        self.projectors, self.inner_state = projectors_lib.refreshed(
+            self.options,
+            projectors_lib.plan(self.options, self.updates, self.leaves, chosen),
+            self.matrices,
+            self.projectors,
+            moments,
+            self.state.count,
+            asked,
+        )
+
+    def _project(self):
+        return self.treedef.unflatten([self._project_leaf(i) for i in range(len(self.leaves))])
+
+    def _project_leaf(self, i: int) -> Any:
+        """What the inner sees of a gradient."""
+        leaf, matrix, weight = self.leaves[i], self.matrices[i], self.weights[i]
+        return subspace.project(self.options, leaf, matrix, self.projectors[i], weight)
+
+    def run_inner(self) -> None:
+        """Runs the inner on the gradients' projections."""
+        self.gradients = self._project()
+        params = self._inner_params(self.treedef.flatten_up_to(self.gradients))
+        self.inner_updates, self.inner_state, self.decays = self._run(
+            self.gradients, self.inner_state, params
+        )
+
+    def _run(self, gradients, inner_state, params):
+        """The inner's update, its new state, and every leaf's decay."""
+        if params is None:
+            updates, new = self.inner.update(gradients, inner_state, None, **self.extra_args)
+            return updates, new, [None] * len(self.leaves)
+        return inner_lib.decayed_update(
+            self.inner, gradients, inner_state, params, self.projected, self.extra_args
+        )
+
+    def lift(self) -> optax.Updates:
+        """The updates of the parameters."""
+        out = []
+        for i, (leaf, change) in enumerate(zip(self.leaves, self._changes(), strict=True)):
+            weight = self.weights[i]
+            dtype = leaf.value.dtype if weight is None else weight.dtype
+            if self.matrices[i] is not None and weight is not None:
+                change = change + self.decays[i] * weight.astype(change.dtype)
+            out.append(trees.rebox(leaf.box, change.astype(dtype)))
+        return self.treedef.unflatten(out)
+
+    def _changes(self) -> list[Any]:
+        """What every weight changes by, decay apart."""
+        scales = self._scales()
+        updates = [trees.unbox(u) for u in self.treedef.flatten_up_to(self.inner_updates)]
+        terms = self._residuals(updates)
+        out = []
+        for i, (leaf, u) in enumerate(zip(self.leaves, updates, strict=True)):
+            matrix, weight = self.matrices[i], self.weights[i]
+            if matrix is not None:
+                dtype = leaf.value.dtype if weight is None else weight.dtype
+                rows = matrix.projection.rows
+                step = pallas.back_project(self.projectors[i], u, rows=rows, dtype=dtype)
+                if terms[i] is not None:
+                    step = step + terms[i]
+                u = matrix.projection.view.from_matrix(step * scales[i])
+            out.append(u)
+        return out
+
+    def _scales(self) -> list[Any]:
+        scales = trees.per_leaf("scale", self.options.scale, self.updates, self.leaves)
+        if self.options.shape_scale is None:
+            return scales
+        return [
+            scale if m is None else scale * self.options.shape_scale(m.projection.view)
+            for scale, m in zip(scales, self.matrices, strict=True)
+        ]
+
+    def _residuals(self, updates: Sequence[Any]) -> list[Any]:
+        """What is added to every lifted update, or None."""
+        self.residual = self.treedef.flatten_up_to(self.state.residual)
+        terms: list[Any] = [None] * len(self.leaves)
+        if self.options.residual is None or not any(self.projected):
+            return terms
+        gradients = [trees.unbox(r) for r in self.treedef.flatten_up_to(self.gradients)]
+        direction = inner_lib.direction(self.inner, self.gradients, self.projected)
+        for i, matrix in enumerate(self.matrices):
+            if matrix is None:
+                continue
+            memory = self.residual[i]
+            terms[i], ratio = residual_lib.fira(
+                matrix.g,
+                operand(self.projectors[i], matrix.g.dtype),
+                gradients[i],
+                updates[i],
+                trees.unbox(memory),
+                rows=matrix.projection.rows,
+                direction=direction,
+            )
+            self.residual[i] = _like_old(memory, ratio)
+        return terms
+
+    def new_state(self) -> GaleState:
+        """The state after the step."""
+        return GaleState(
+            count=optax.safe_increment(self.state.count),
+            projector=self.treedef.unflatten(
+                [
+                    _like_old(old, p)
+                    for old, p in zip(self.boxed_projectors, self.projectors, strict=True)
+                ]
+            ),
+            inner_state=self.inner_state,
+            residual=self.treedef.unflatten(self.residual),
+        )
+
+
+def _like_old(old: Any, new: Any) -> Any:
+    """New state in the box of the old, if it had one."""
+    return trees.rebox(old, new) if trees.is_box(old) else new

@@ -1,0 +1,233 @@
+"""`update_and_apply`: the update and its application in one."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_gale
+from optax_gale.transforms import in_place
+
+SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 10)
+SHAPES = {
+    "stacked": (3, 24, 16),
+    "wide": (10, 24),
+    "also_wide": (10, 24),
+    "heads": (2, 12, 3, 4),
+    "bias": (24,),
+    "embedding": (20, 8),
+}
+NUMBERS = lambda params: {
+    name: optax_gale.GaleDimensionNumbers(1, (2, 3))
+    if name == "heads"
+    else optax_gale.GaleDimensionNumbers(w.ndim - 2, w.ndim - 1)
+    if name in ("stacked", "wide", "also_wide")
+    else None
+    for name, w in params.items()
+}
+
+# Inners that are elementwise, so that their steps can run in the kernel that projects.
+ELEMENTWISE = {
+    "adamw": optax.adamw(1e-2, weight_decay=0.1),
+    "nadamw": optax.nadamw(SCHEDULE),
+    "amsgrad": optax.amsgrad(1e-2),
+    "lion": optax.lion(1e-3),
+    "momentum": optax.sgd(1e-2, momentum=0.9, nesterov=True),
+    "rmsprop": optax.rmsprop(1e-3, momentum=0.9),
+    "injected": optax.inject_hyperparams(optax.adamw)(learning_rate=SCHEDULE, weight_decay=0.1),
+    "masked": optax.adamw(1e-2, mask=lambda p: jax.tree.map(lambda x: x.ndim > 2, p)),
+    "bf16_momentum": optax.adamw(1e-2, mu_dtype=jnp.bfloat16),
+}
+OTHERS = {
+    "clipped": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)),
+    "normalised": optax.chain(optax.normalize_by_update_norm(), optax.scale(-1e-2)),
+}
+
+
+def draw(seed, shapes=SHAPES, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(rng.normal(size=s), dtype) for name, s in shapes.items()}
+
+
+def gale(inner, **options):
+    options = {"update_proj_gap": 2, "weight_dimension_numbers": NUMBERS, **options}
+    return optax_gale.gale(inner, 4, **options)
+
+
+def in_two_calls(tx, grads, state, params, **extra):
+    updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **extra)
+    return optax.apply_updates(params, updates), state
+
+
+def train(step, tx, steps=4, dtype=jnp.float32, params=None):
+    params = draw(0, dtype=dtype) if params is None else params
+    state = tx.init(params)
+    step = jax.jit(step, static_argnums=0)
+    for i in range(steps):
+        grads = jax.tree.map(
+            lambda w, i=i: (w + 0.3 * jnp.cos(7.0 * jnp.arange(w.size) + i).reshape(w.shape)
+                            .astype(w.dtype)), params)  # fmt: skip
+        params, state = step(tx, grads, state, params)
+    return params, state
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Sends every projected leaf the way of the kernels, which XLA then serves; counts groups."""
+    groups = []
+    run = in_place.pallas.project_update
+
+    def project_update(gradients, *args, implementation, **kwargs):
+        assert implementation == "triton"
+        groups.append(len(gradients))
+        return run(gradients, *args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(in_place.pallas, "choose_project_update", lambda *_, **__: "triton")
+    monkeypatch.setattr(in_place.pallas, "project_update", project_update)
+    return groups
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_inners_run_in_the_kernels(name, kernels):
+    tx = gale(ELEMENTWISE[name])
+    expected = train(in_two_calls, tx)
+    assert not kernels
+    # bfloat16 moments are rounded where they leave the program, not after every operation.
+    atol = 2e-3 if name == "bf16_momentum" else 2e-6
+    found = train(optax_gale.update_and_apply, tx)
+    chex.assert_trees_all_close(found, expected, atol=atol)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    assert sorted(kernels) == [1, 1, 2]  # leaves of one shape together
+
+
+def test_without_kernels_it_is_update_and_apply_updates():
+    tx = gale(optax.adamw(1e-2, weight_decay=0.1))
+    expected = train(in_two_calls, tx)
+    chex.assert_trees_all_close(train(optax_gale.update_and_apply, tx), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_inners_that_look_at_the_whole_gradient_do_not(name, kernels):
+    tx = gale(OTHERS[name])
+    expected = train(in_two_calls, tx)
+    chex.assert_trees_all_close(train(optax_gale.update_and_apply, tx), expected, atol=2e-6)
+    assert not kernels
+
+
+def test_muon_and_adafactor_do_not_and_their_adam_leaves_stay_with_them(kernels):
+    for tx in (
+        optax_gale.gale_muon(1e-2, 4, weight_dimension_numbers=NUMBERS),
+        optax_gale.gale_adafactor(1e-2, 4, weight_dimension_numbers=NUMBERS),
+    ):
+        expected = train(in_two_calls, tx)
+        chex.assert_trees_all_close(train(optax_gale.update_and_apply, tx), expected, atol=2e-6)
+    assert not kernels
+
+
+@pytest.mark.parametrize("options", [
+    {"residual": "fira"},
+    {"scale": 0.25, "side": "long"},
+    {"refresh_schedule": "staggered", "update_proj_gap": 8},
+    {"state_dtype": "float32", "projector_dtype": "bfloat16"},
+], ids=str)  # fmt: skip
+def test_with_options(options, kernels):
+    tx = gale(optax.adamw(1e-2, weight_decay=0.1), **options)
+    expected = train(in_two_calls, tx)
+    chex.assert_trees_all_close(train(optax_gale.update_and_apply, tx), expected, atol=2e-6)
+    assert bool(kernels) == ("residual" not in options)
+
+
+def test_half_precision_weights_are_rounded_once(kernels):
+    tx = gale(optax.sgd(1.0), state_dtype="float32", scale=0.3)
+    wide = {k: w.astype(jnp.float32) for k, w in draw(0, dtype=jnp.bfloat16).items()}
+    grads = draw(1, dtype=jnp.bfloat16)
+    step = lambda run, params: run(tx, grads, tx.init(params), params)[0]
+    narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), wide)
+    once = step(optax_gale.update_and_apply, narrow)
+    twice = step(in_two_calls, narrow)
+    exact = step(in_two_calls, wide)
+    error = lambda got: sum(
+        float(jnp.sum(jnp.abs(got[k].astype(jnp.float32) - exact[k])))
+        for k in ("stacked", "wide", "heads")
+    )
+    assert jax.tree.leaves(once)[0].dtype == jnp.bfloat16
+    assert error(once) < 0.98 * error(twice)
+    assert kernels
+
+
+def test_refresh_is_the_callers_choice_without_a_conditional():
+    tx = gale(optax.adamw(1e-2))
+    params, grads = draw(0), draw(1)
+    state = tx.init(params)
+    for refresh in (True, False):
+        program = jax.make_jaxpr(
+            lambda g, s, p, r=refresh: optax_gale.update_and_apply(tx, g, s, p, refresh=r)
+        )(grads, state, params)
+        assert " cond[" not in str(program)
+        found = optax_gale.update_and_apply(tx, grads, state, params, refresh=refresh)
+        expected = in_two_calls(tx, grads, state, params, refresh=refresh)
+        chex.assert_trees_all_close(found, expected, atol=2e-6)
+    with pytest.raises(TypeError, match="refresh"):
+        optax_gale.update_and_apply(tx, grads, state, params, refresh=1)
+
+
+def test_donated_arrays_are_replaced_in_place():
+    tx = gale(optax.adamw(1e-2))
+    params = draw(0)
+    state = tx.init(params)
+    step = jax.jit(
+        lambda g, s, p: optax_gale.update_and_apply(tx, g, s, p, refresh=False),
+        donate_argnums=(1, 2),
+    )
+    size = sum(x.nbytes for x in jax.tree.leaves((params, state)))
+    memory = step.lower(draw(1), state, params).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == size
+
+
+def test_chains_whose_last_stage_is_ours_and_those_of_others(kernels):
+    clip, ours = optax.clip_by_global_norm(1.0), gale(optax.adamw(1e-2))
+    project = optax_gale.gale_project(4, weight_dimension_numbers=NUMBERS)
+    for tx, in_kernels in (
+        (optax_gale.chain(clip, ours), True),
+        (optax_gale.chain(clip, project, optax.adamw(1e-2)), True),
+        (optax_gale.chain(project), True),
+        (optax_gale.chain(ours, optax.ema(0.9)), False),
+        (optax.chain(clip, ours), False),
+        (optax.adamw(1e-2), False),
+        (optax_gale.chain(), False),
+    ):
+        kernels.clear()
+        few = {"steps": 2, "params": draw(0, {"wide": SHAPES["wide"], "bias": (24,)})}
+        expected = train(in_two_calls, tx, **few)
+        found = train(optax_gale.update_and_apply, tx, **few)
+        chex.assert_trees_all_close(found, expected, atol=2e-6)
+        chex.assert_trees_all_equal_structs(found, expected)
+        assert bool(kernels) == in_kernels
+
+
+def test_boxed_parameters_stay_in_their_boxes(kernels):
+    params = {"kernel": nn.Partitioned(jnp.ones((24, 16)), ("embed", "mlp"))}
+    grads = {"kernel": nn.Partitioned(draw(1)["stacked"][0], ("embed", "mlp"))}
+    tx = optax_gale.gale_adamw(1e-2, 4)
+    state = tx.init(params)
+    found = optax_gale.update_and_apply(tx, grads, state, params)
+    chex.assert_trees_all_close(found, in_two_calls(tx, grads, state, params), atol=2e-6)
+    chex.assert_trees_all_equal_structs(found, in_two_calls(tx, grads, state, params))
+    assert kernels
+
+
+def test_what_is_wrong_is_said():
+    tx, params = gale(optax.adamw(1e-2)), draw(0)
+    state = tx.init(params)
+    with pytest.raises(ValueError, match="needs `params`"):
+        optax_gale.update_and_apply(tx, params, state, None)
+    with pytest.raises(ValueError, match="must be None or one of"):
+        optax_gale.update_and_apply(tx, params, state, params, implementation="cuda")
+    for implementation in ("mosaic_gpu", "triton"):
+        with pytest.raises(
+            ValueError, match=f"'{implementation}' cannot serve .* float32 matrices"
+        ):
+            optax_gale.update_and_apply(tx, params, state, params, implementation=implementation)
