@@ -87,7 +87,7 @@ def markdown(rows: Sequence[Row], runs: Sequence[Row]) -> str:
         "bfloat16 weights and gradients, random; milliseconds, the median of many; weights and "
         "state donated. The floor is max(bytes / copy bandwidth, operations / matrix rate), both "
         "measured in the same run, each input read once and each output written once.",
-        *_titled("What must be shown", targets(measured)),
+        *_titled("Goals", targets(measured)),
         *_ordinary(measured),
         *_titled("Refresh of all matrices", refreshes(measured)),
         *_titled(f"A step, averaged over a gap of {GAP}", averages(measured)),
@@ -225,7 +225,7 @@ def _profiles(rows: Sequence[Row]) -> list[str]:
     return sections
 
 
-# What must be shown -------------------------------------------------------------------------------
+# Goals --------------------------------------------------------------------------------------------
 
 
 def targets(measured: Measured) -> str | None:

@@ -29,11 +29,11 @@ def update_and_apply(
 ) -> tuple[optax.Params, optax.OptState]:
     """Takes a step: ``tx.update`` and ``optax.apply_updates`` in one.
 
-    For this library's optimizers, and for `optax_gale.chain` where one of them comes last, no
-    update of the weights' size is made: weights, moments and projectors are replaced in place, if
-    they are donated, by two kernels a group of leaves of one shape. Sums are float32 and rounded
-    once, where ``apply_updates`` rounds the update first: on bfloat16 weights this is the more
-    accurate of the two. For any other transformation it is the two calls.
+    For this library's optimizers, and for `optax_gale.chain` where one of them comes last, weights,
+    moments and projectors are replaced in place, if they are donated. Where kernels run, two for
+    every group of leaves of one shape, no update of the weights' size is made on the way. Sums are
+    float32 and rounded once, where ``apply_updates`` rounds the update first: on bfloat16 weights
+    this is the more accurate of the two. For any other transformation it is the two calls.
 
     Args:
       tx: any Optax transformation.

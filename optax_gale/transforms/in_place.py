@@ -17,8 +17,9 @@ from optax_gale.transforms.step import Step
 class InPlaceStep(Step):
     """As `Step`, and then `apply` in place of `lift`.
 
-    Nothing of a weight's size is made but the weight's new value: gradients are projected, stepped
-    in the subspace, and added to the weights by two kernels a group of leaves of one shape.
+    Gradients are projected, stepped in the subspace, and added to the weights by two kernels for
+    every group of leaves of one shape. Where the kernels are not XLA's, nothing of a weight's size
+    is made but the weight's new value.
     """
 
     def __init__(self, implementation: Implementation | None, *args):
@@ -31,10 +32,14 @@ class InPlaceStep(Step):
         if not served:
             return super().run_inner()
         analysis, decays = self._analysed(served)
-        groups = _grouped(
-            [i for i in served if i in analysis.programs],
-            lambda i: (served[i], self._kind(i), analysis.programs[i].function),
-        )
+        state = jax.tree.leaves(self.inner_state)
+
+        def kind(i: int) -> Hashable:
+            program = analysis.programs[i]
+            moments = (str(state[k].dtype) for k in program.moments)
+            return (served[i], self._kind(i), program.function, *moments)
+
+        groups = _grouped([i for i in served if i in analysis.programs], kind)
         in_kernels = [i for group in groups for i in group]
         rest = analysis.evaluate(
             {
@@ -42,7 +47,7 @@ class InPlaceStep(Step):
                 for i in range(len(self.leaves))
                 if i not in in_kernels
             },
-            jax.tree.leaves(self.inner_state),
+            state,
             in_kernels,
         )
         for group in groups:
@@ -76,7 +81,8 @@ class InPlaceStep(Step):
         """What leaves must have in common to be served together."""
         matrix = self.matrices[i]
         arrays = (matrix.g, self.projectors[i], self.weights[i])
-        return (matrix.projection.rows, *((x.shape[-2:], x.size, str(x.dtype)) for x in arrays))
+        dtypes = [str(x.dtype) for x in arrays]
+        return (matrix.projection.rows, matrix.g.shape, self.projectors[i].shape, *dtypes)
 
     def _analysed(self, served) -> tuple[fusion.Analysis, list[bool]]:
         shapes = jax.eval_shape(self._project)

@@ -32,11 +32,9 @@ NUMBERS = lambda params: {
 # Inners that are elementwise, so that their steps can run in the kernel that projects.
 ELEMENTWISE = {
     "adamw": optax.adamw(1e-2, weight_decay=0.1),
-    "nadamw": optax.nadamw(SCHEDULE),
     "amsgrad": optax.amsgrad(1e-2),
     "lion": optax.lion(1e-3),
     "momentum": optax.sgd(1e-2, momentum=0.9, nesterov=True),
-    "rmsprop": optax.rmsprop(1e-3, momentum=0.9),
     "injected": optax.inject_hyperparams(optax.adamw)(learning_rate=SCHEDULE, weight_decay=0.1),
     "masked": optax.adamw(1e-2, mask=lambda p: jax.tree.map(lambda x: x.ndim > 2, p)),
     "bf16_momentum": optax.adamw(1e-2, mu_dtype=jnp.bfloat16),
@@ -62,7 +60,7 @@ def in_two_calls(tx, grads, state, params, **extra):
     return optax.apply_updates(params, updates), state
 
 
-def train(step, tx, steps=4, dtype=jnp.float32, params=None):
+def train(step, tx, steps=3, dtype=jnp.float32, params=None):
     params = draw(0, dtype=dtype) if params is None else params
     state = tx.init(params)
     step = jax.jit(step, static_argnums=0)
@@ -156,6 +154,16 @@ def test_half_precision_weights_are_rounded_once(kernels):
     assert jax.tree.leaves(once)[0].dtype == jnp.bfloat16
     assert error(once) < 0.98 * error(twice)
     assert kernels
+
+
+def test_stacks_of_other_batch_axes_are_not_taken_together(kernels):
+    shapes = {"flat": (6, 12, 8), "nested": (2, 3, 12, 8)}
+    tx = optax_gale.gale_adamw(1e-2, 4)
+    params = draw(0, shapes)
+    expected = train(in_two_calls, tx, steps=2, params=params)
+    found = train(optax_gale.update_and_apply, tx, steps=2, params=params)
+    chex.assert_trees_all_close(found, expected, atol=2e-6)
+    assert kernels == [1, 1]
 
 
 def test_refresh_is_the_callers_choice_without_a_conditional():

@@ -22,8 +22,9 @@ def back_project_apply(
 ) -> list[jax.Array]:
     r"""Applies low-rank updates to weights: ``W <- W + decay W + scale P U``.
 
-    ``P U`` where the rows are projected, ``U P^T`` where the columns are. It never stands in
-    memory; sums are float32 and rounded once. With donated weights the result takes their place.
+    ``P U`` where the rows are projected, ``U P^T`` where the columns are. It never stands in memory
+    (in XLA's form it does); sums are float32 and rounded once. With donated weights the result
+    takes their place.
 
     Args:
       weights: a group of stacks of one shape and dtype, each ``(*batch, m, n)``.

@@ -26,8 +26,8 @@ def project_update(
     r"""Projects gradients and runs an elementwise optimizer on what comes out, in one pass.
 
     ``R = P^T G`` where the rows are projected, ``R = G P`` where the columns are, in float32; then
-    ``U, *moments = inner(R, *moments, *scalars)``. R never stands in memory; with donated moments
-    the new ones take their place. Adam's step, for one, is elementwise.
+    ``U, *moments = inner(R, *moments, *scalars)``. R never stands in memory (in XLA's form it
+    does); with donated moments the new ones take their place. Adam's step, for one, is elementwise.
 
     Args:
       gradients: a group of stacks of one shape and dtype, each ``(*batch, m, n)``.
