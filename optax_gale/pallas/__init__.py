@@ -6,7 +6,7 @@ the same signature. The package knows arrays only, nothing of optimizers.
 
 from optax_gale.pallas.back_project_apply import back_project_apply
 from optax_gale.pallas.back_project_apply.xla import back_project
-from optax_gale.pallas.dispatch import Implementation, UnsupportedError
+from optax_gale.pallas.dispatch import Implementation, UnsupportedError, check_implementation
 from optax_gale.pallas.elementwise import Elementwise
 from optax_gale.pallas.project_update import choose as choose_project_update
 from optax_gale.pallas.project_update import project_update
@@ -18,6 +18,7 @@ __all__ = [
     "UnsupportedError",
     "back_project",
     "back_project_apply",
+    "check_implementation",
     "choose_project_update",
     "project",
     "project_update",

@@ -71,10 +71,7 @@ def choose(problem: Problem, asked: Implementation | None) -> Implementation:
       ValueError: if ``asked`` is no implementation.
       UnsupportedError: if it cannot serve the problem.
     """
-    if asked is not None and asked not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"`implementation` must be None or one of {IMPLEMENTATIONS}, got {asked!r}."
-        )
+    check_implementation(asked)
     if asked is not None:
         reason = refusal(problem, asked)
         if reason is not None:
@@ -89,6 +86,14 @@ def choose(problem: Problem, asked: Implementation | None) -> Implementation:
         return "xla"
     ranked = fastest_first(problem, capability())
     return next((name for name in ranked if refusal(problem, name) is None), "xla")
+
+
+def check_implementation(asked: Any) -> None:
+    """Raises ValueError unless ``asked`` is None or an implementation."""
+    if asked is not None and asked not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"`implementation` must be None or one of {IMPLEMENTATIONS}, got {asked!r}."
+        )
 
 
 def refusal(problem: Problem, name: Implementation) -> str | None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import optax
 
+from optax_gale import pallas
 from optax_gale.pallas import Implementation
 
 
@@ -41,15 +42,18 @@ def update_and_apply(
       state: its state; donate it.
       params: the parameters; donate them.
       implementation: who runs the two passes over the matrices. None for the fastest that was
-        measured on such a GPU and shape, and XLA elsewhere; ``"xla"``, ``"mosaic_gpu"`` or
-        ``"triton"`` to force one. Programs for several devices run on XLA.
+        measured on such a GPU and shape, and XLA elsewhere, also where JAX sees several devices;
+        ``"xla"``, ``"mosaic_gpu"`` or ``"triton"`` to force one for what kernels do: an inner that
+        is not elementwise, a residual, and other transformations run on XLA all the same.
       **extra_args: for the transformation's `update`, such as ``refresh``.
 
     Returns:
       The new parameters and the new state.
 
     Raises:
-      ValueError: if ``params`` is None, or ``implementation`` is unknown or cannot serve.
+      ValueError: if ``params`` is None or of other shapes than ``grads``, or ``implementation`` is
+        unknown or cannot serve.
+      TypeError: if ``tx`` is no transformation, or ``state`` is another one's.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax_gale
@@ -65,7 +69,15 @@ def update_and_apply(
     """
     if params is None:
         raise ValueError("update_and_apply needs `params`: they are what it applies the update to.")
-    if isinstance(tx, InPlaceTransformation):
-        return tx.in_place(grads, state, params, implementation, **extra_args)
+    pallas.check_implementation(implementation)
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        raise TypeError(
+            "update_and_apply: `tx` must be an Optax gradient transformation, with `init` and "
+            f"`update`, got {tx!r}."
+        )
+    in_place = getattr(tx, "in_place", None)
+    if in_place is not None:
+        out: tuple[Any, Any] = in_place(grads, state, params, implementation, **extra_args)
+        return out
     updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **extra_args)
     return optax.apply_updates(params, updates), state

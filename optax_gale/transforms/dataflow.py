@@ -41,7 +41,29 @@ _ELEMENTWISE = {"add", "add_any", "sub", "mul", "div", "max", "min", "pow", "int
 _ELEMENTWISE |= {"rsqrt", "exp", "log", "sign", "abs", "cos", "sin", "tanh", "select_n", "square"}
 _ELEMENTWISE |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "rem", "floor", "clamp"}
 _KEEPS_UNIFORM = _ELEMENTWISE | _LINEAR | {"broadcast_in_dim", "reshape"}
-_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+# Primitives that call a function on their operands, and the parameters that hold it.
+_CALLS = {"pjit", "jit", "closed_call", "core_call", "call", "eval_jaxpr", "custom_jvp_call"}
+_CALLS |= {"custom_vjp_call", "custom_vjp_call_jaxpr", "checkpoint", "remat", "remat2"}
+_CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+def called(equation: Any) -> Any | None:
+    """What an equation calls on its operands, a jaxpr or a closed one; None if it is no call."""
+    if equation.primitive.name not in _CALLS:
+        return None
+    found = next((equation.params[key] for key in _CALLED if key in equation.params), None)
+    if found is None:
+        return None
+    return found if len(getattr(found, "jaxpr", found).invars) == len(equation.invars) else None
+
+
+def is_identity(equation: Any) -> bool:
+    """Whether a broadcast or reshape leaves its operand as it is."""
+    return (
+        equation.primitive.name in ("broadcast_in_dim", "reshape")
+        and equation.params.get("dimensions") is None
+        and equation.outvars[0].aval.shape == equation.invars[0].aval.shape
+    )
 
 
 def dependences(
@@ -81,12 +103,10 @@ def _interpret(jaxpr: Any, inputs: Sequence[Dependence]) -> list[Dependence]:
 
 
 def _apply(equation: Any, operands: list[Dependence]) -> list[Dependence]:
-    name, params = equation.primitive.name, equation.params
-    inner = next((params[key] for key in _CALLS if key in params), None)
-    if name not in ("scan", "while") and inner is not None:
-        jaxpr = getattr(inner, "jaxpr", inner)
-        if len(jaxpr.invars) == len(operands):
-            return _interpret(jaxpr, operands)
+    name = equation.primitive.name
+    function = called(equation)
+    if function is not None:
+        return _interpret(getattr(function, "jaxpr", function), operands)
     if name == "cond":
         return _conditional(equation, operands)
     if all(x.on is None for x in operands):
@@ -101,10 +121,7 @@ def _elementwise(equation: Any, operands: list[Dependence]) -> Dependence:
     first = operands[0]
     if name == "is_finite" and first.on != _OTHER:
         return _NONE  # parameters are taken to be finite
-    identity = name in ("broadcast_in_dim", "reshape") and (
-        equation.outvars[0].aval.shape == equation.invars[0].aval.shape
-    )
-    if name in _LINEAR or identity or (name == "integer_pow" and params["y"] == 1):
+    if name in _LINEAR or is_identity(equation) or (name == "integer_pow" and params["y"] == 1):
         return first if len(operands) == 1 else _ANY
     if name in ("add", "add_any", "sub"):
         return _joined(operands)

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from optax_gale.pallas.elementwise import PRIMITIVES, Constant, Elementwise, Operation
+from optax_gale.transforms import dataflow
 
-_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+# Primitives with functions inside that can be run again as they stand.
+_WITH_FUNCTIONS = {"scan", "while", "cond", "reduce", "reduce_window", "reduce_precision"}
 
 
 class Equation(NamedTuple):
@@ -39,11 +41,13 @@ class Program(NamedTuple):
       function: ``(R, *moments, *scalars) -> (U, *moments)``.
       moments: which arrays of the state are its moments.
       scalars: the numbers of the values that it takes as scalars.
+      scalar_dtypes: their dtypes.
     """
 
     function: Elementwise
     moments: tuple[int, ...]
     scalars: tuple[int, ...]
+    scalar_dtypes: tuple[str, ...]
 
 
 class Evaluation(NamedTuple):
@@ -84,12 +88,15 @@ class Analysis:
         self._leaves, self._state = len(leaves), len(state)
         self._avals: list[Any] = []
         self._equations: list[Equation] = []
+        self._is_readable = True
         self._inputs = [self._new(var.aval) for var in closed.jaxpr.invars]
         constants = [self._new(var.aval) for var in closed.jaxpr.constvars]
         self._constants = dict(zip(constants, closed.consts, strict=True))
         self._outputs = self._flatten(closed.jaxpr, self._inputs, constants)
         self._made_by = {v: e for e in self._equations for v in e.outputs}
-        found = {i: self._program(i) for i in candidates}
+        # Effects, such as printing, happen only where everything is run as it stands.
+        readable = self._is_readable and not closed.effects
+        found = {i: self._program(i) for i in (candidates if readable else ())}
         self.programs: dict[int, Program] = {i: p for i, p in found.items() if p is not None}
 
     def _new(self, aval: Any) -> int:
@@ -103,15 +110,16 @@ class Analysis:
         read = lambda x: x if isinstance(x, Literal) else known[x]
         for eqn in jaxpr.eqns:
             operands = [read(x) for x in eqn.invars]
-            called = next((eqn.params[key] for key in _CALLS if key in eqn.params), None)
-            if called is not None and eqn.primitive.name not in ("scan", "while"):
-                body = getattr(called, "jaxpr", called)
+            function = dataflow.called(eqn)
+            if function is not None:
+                body = getattr(function, "jaxpr", function)
                 numbers = [self._new(var.aval) for var in body.constvars]
-                self._constants |= dict(zip(numbers, getattr(called, "consts", ()), strict=True))
-                if len(body.invars) == len(operands):
-                    results = self._flatten(body, operands, numbers)
-                    known.update(zip(eqn.outvars, results, strict=True))
-                    continue
+                self._constants |= dict(zip(numbers, getattr(function, "consts", ()), strict=True))
+                results = self._flatten(body, operands, numbers)
+                known.update(zip(eqn.outvars, results, strict=True))
+                continue
+            if eqn.primitive.name not in _WITH_FUNCTIONS:
+                self._is_readable &= not any(map(_is_function, eqn.params.values()))
             outputs = tuple(self._new(var.aval) for var in eqn.outvars)
             self._equations.append(Equation(eqn, tuple(operands), outputs))
             known.update(zip(eqn.outvars, outputs, strict=True))
@@ -138,6 +146,8 @@ class Analysis:
         shape = self._avals[gradient].shape
         if any(self._avals[x].shape != shape for x in arrays):
             return None
+        if any(not _is_narrow_float(self._avals[x].dtype) for x in arrays):
+            return None  # kernels compute in float32
         outputs = [self._outputs[i] for i in (leaf, *(self._leaves + k for k in moments))]
         if any(self._avals[x].shape != shape for x in outputs):
             return None
@@ -165,8 +175,8 @@ class Analysis:
             order.append(value)
             stack += [x for x in equation.inputs if isinstance(x, int)]
         scalars.sort()
-        if any(not jax.numpy.issubdtype(self._avals[x].dtype, jax.numpy.number) for x in scalars):
-            return None
+        if any(not _is_number(self._avals[x].dtype) for x in scalars):
+            return None  # a random key, say
         slots: dict[int, Any] = {x: k for k, x in enumerate((*arrays, *scalars))}
         operations = list[Operation]()
         for value in sorted(order):
@@ -184,7 +194,8 @@ class Analysis:
         if any(isinstance(x, Constant) for x in results):
             return None
         function = Elementwise(len(arrays), len(scalars), tuple(operations), results)
-        return Program(function, moments, tuple(scalars))
+        dtypes = tuple(str(self._avals[x].dtype) for x in scalars)
+        return Program(function, moments, tuple(scalars), dtypes)
 
     def _is_elementwise(self, equation: Equation, shape: tuple[int, ...]) -> bool:
         name = equation.eqn.primitive.name
@@ -194,7 +205,10 @@ class Analysis:
         ]
         if len(equation.outputs) != 1 or any(s not in ((), shape) for s in shapes):
             return False
-        return name in PRIMITIVES or (name in ("broadcast_in_dim", "reshape") and len(shapes) == 1)
+        if name in PRIMITIVES:
+            return True
+        scalar = name == "broadcast_in_dim" and shapes == [()]
+        return len(shapes) == 1 and (scalar or dataflow.is_identity(equation.eqn))
 
     def evaluate(
         self, leaves: Mapping[int, jax.Array], state: Sequence[jax.Array], kernels: Collection[int]
@@ -237,6 +251,21 @@ class Analysis:
             i: [jax.numpy.asarray(values[x]) for x in self.programs[i].scalars] for i in kernels
         }
         return Evaluation(out[: self._leaves], out[self._leaves : last], out[last:], scalars)
+
+
+def _is_function(x: Any) -> bool:
+    """Whether a parameter of an equation holds jaxprs."""
+    parts = x if isinstance(x, (tuple, list)) else (x,)
+    return any(isinstance(part, (Jaxpr, ClosedJaxpr)) for part in parts)
+
+
+def _is_narrow_float(dtype: Any) -> bool:
+    return bool(jax.numpy.issubdtype(dtype, jax.numpy.floating)) and dtype.itemsize <= 4
+
+
+def _is_number(dtype: Any) -> bool:
+    kinds = (jax.numpy.number, jax.numpy.bool_)
+    return any(jax.numpy.issubdtype(dtype, kind) for kind in kinds)
 
 
 def _constant(literal: Any) -> Constant:

@@ -3,6 +3,7 @@
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +30,16 @@ class InPlaceStep(Step):
     def run_inner(self) -> None:
         """Runs the inner; where it is elementwise, in the kernel that projects the gradient."""
         served = self._served()
-        if not served:
+        analysed = self._analysed(served) if served else None
+        if analysed is None:
             return super().run_inner()
-        analysis, decays = self._analysed(served)
+        analysis, decays = analysed
         state = jax.tree.leaves(self.inner_state)
 
         def kind(i: int) -> Hashable:
             program = analysis.programs[i]
-            moments = (str(state[k].dtype) for k in program.moments)
-            return (served[i], self._kind(i), program.function, *moments)
+            dtypes = (str(state[k].dtype) for k in program.moments)
+            return (served[i], self._kind(i), program.function, program.scalar_dtypes, *dtypes)
 
         groups = _grouped([i for i in served if i in analysis.programs], kind)
         in_kernels = [i for group in groups for i in group]
@@ -84,9 +86,11 @@ class InPlaceStep(Step):
         dtypes = [str(x.dtype) for x in arrays]
         return (matrix.projection.rows, matrix.g.shape, self.projectors[i].shape, *dtypes)
 
-    def _analysed(self, served) -> tuple[fusion.Analysis, list[bool]]:
+    def _analysed(self, served) -> tuple[fusion.Analysis, list[bool]] | None:
+        """The inner's programs, and which leaves decay; None if there are none to be run."""
         shapes = jax.eval_shape(self._project)
         decays: list[bool] = []
+        same: list[bool] = []
 
         def inner(leaves, state):
             gradients = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
@@ -94,6 +98,7 @@ class InPlaceStep(Step):
             state = jax.tree.unflatten(jax.tree.structure(self.inner_state), state)
             updates, new, found = self._run(gradients, state, params)
             decays[:] = [d is not None for d in found]
+            same.append(_form(new) == _form(self.inner_state))
             return (
                 jax.tree.leaves(updates),
                 jax.tree.leaves(new),
@@ -101,7 +106,8 @@ class InPlaceStep(Step):
             )
 
         leaves, state = jax.tree.leaves(shapes), jax.tree.leaves(self.inner_state)
-        return fusion.Analysis(inner, leaves, state, served), decays
+        analysis = fusion.Analysis(inner, leaves, state, served)
+        return (analysis, decays) if analysis.programs and all(same) else None
 
     def _run_group(self, group, implementation, analysis, rest) -> None:
         """Runs the kernel on a group of leaves, and puts its results among the rest."""
@@ -148,7 +154,7 @@ class InPlaceStep(Step):
                 [view.to_matrix(self.weights[i]) for view, i in zip(views, group, strict=True)],
                 [self.projectors[i] for i in group],
                 [updates[i] for i in group],
-                [jnp.asarray(scales[i], jnp.float32) for i in group],
+                [jnp.asarray(scales[i], _sum_dtype(self.weights[i])) for i in group],
                 [self.decays[i] for i in group],
                 rows=self.matrices[group[0]].projection.rows,
                 implementation=self.implementation,
@@ -168,8 +174,21 @@ class InPlaceStep(Step):
 
     def _like_params(self, values: Sequence[jax.Array]) -> optax.Params:
         return self.treedef.unflatten(
-            [trees.rebox(leaf.box, w) for leaf, w in zip(self.leaves, values, strict=True)]
+            [
+                trees.rebox(old if trees.is_box(old) else None, w)
+                for old, w in zip(self.boxed_weights, values, strict=True)
+            ]
         )
+
+
+def _sum_dtype(weight: jax.Array) -> Any:
+    return jnp.promote_types(weight.dtype, jnp.float32)
+
+
+def _form(state: Any) -> Any:
+    """What a state must keep for its arrays to be replaced one by one."""
+    leaves, treedef = jax.tree.flatten(state)
+    return treedef, [(jnp.shape(x), jnp.result_type(x)) for x in leaves]
 
 
 def _grouped(items: Sequence[int], key: Callable[[int], Hashable]) -> list[list[int]]:

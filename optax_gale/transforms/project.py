@@ -154,7 +154,8 @@ def _chained(
     """``optax.chain``, whose last stage applies its updates itself if it can."""
     chained = optax.with_extra_args_support(optax.chain(*stages))
     *before, last = stages
-    if not isinstance(last, InPlaceTransformation):
+    last_in_place = getattr(last, "in_place", None)
+    if last_in_place is None:
         return chained
 
     def in_place(grads, state, params, implementation, **extra_args):
@@ -162,7 +163,7 @@ def _chained(
         if before:
             first = optax.with_extra_args_support(optax.chain(*before))
             grads, states = first.update(grads, tuple(states), params, **extra_args)
-        params, last_state = last.in_place(grads, last_state, params, implementation, **extra_args)
+        params, last_state = last_in_place(grads, last_state, params, implementation, **extra_args)
         return params, (*states, last_state)
 
     tx = InPlaceTransformation(*chained)

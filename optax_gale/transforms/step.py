@@ -41,6 +41,11 @@ class Step:
     """
 
     def __init__(self, inner, full_rank, options, updates, state, params, extra_args):
+        if not isinstance(state, GaleState):
+            raise TypeError(
+                "`state` must be what `init` of this transformation returned (or a later state of "
+                f"it), got {type(state).__name__}."
+            )
         self.options, self.state, self.extra_args = options, state, extra_args
         self.updates = updates
         self.leaves, self.treedef = trees.flatten(updates)
@@ -49,11 +54,16 @@ class Step:
         self.matrices: list[Any] = subspace.matrices(options, updates, self.leaves, self.projectors)
         self.projected = [matrix is not None for matrix in self.matrices]
         self.has_params = params is not None
-        self.weights: list[Any] = (
-            [None] * len(self.leaves)
-            if params is None
-            else [trees.unbox(w) for w in self._like_updates("params", params)]
+        self.boxed_weights = (
+            [None] * len(self.leaves) if params is None else self._like_updates("params", params)
         )
+        self.weights: list[Any] = [trees.unbox(w) for w in self.boxed_weights]
+        for leaf, weight in zip(self.leaves, self.weights, strict=True):
+            if weight is not None and jnp.shape(weight) != leaf.value.shape:
+                raise ValueError(
+                    f"The gradient of '{leaf.path}' has shape {leaf.value.shape}, but the "
+                    f"parameter has shape {jnp.shape(weight)}."
+                )
         self.inner = projectors_lib.inner_of(inner, full_rank, self.treedef, self.projected)
         self.inner_state = state.inner_state
 

@@ -227,6 +227,88 @@ def test_boxed_parameters_stay_in_their_boxes(kernels):
     assert kernels
 
 
+def stateful(update, state=()):
+    """An inner made of ``update(gradients, state) -> (updates, state)``."""
+    return optax.GradientTransformation(lambda _: state, lambda g, s, params=None: update(g, s))
+
+
+def reduced(g, s):
+    """Looks at the whole gradient, through a reduction with a computation of its own."""
+    total = lambda x: jax.lax.reduce(x, np.float32(0), lambda a, b: a + 2.0 * b, range(x.ndim))
+    return jax.tree.map(lambda x: -1e-2 * x + 1e-3 * total(x), g), s
+
+
+def transposed(g, s):
+    turn = lambda x: jax.lax.reshape(x, x.shape, dimensions=(1, 0)) if x.shape == (4, 4) else x
+    return jax.tree.map(lambda x: -1e-2 * turn(x), g), s
+
+
+def switched(g, s):
+    """A condition of the step decides, elementwise."""
+    late = s["count"] > 1
+    steps = jax.tree.map(lambda x: jnp.where(late, -1e-2 * x, 1e-2 * x), g)
+    return steps, {"count": s["count"] + 1}
+
+
+@pytest.mark.parametrize(
+    ("inner", "in_kernels"),
+    [
+        (stateful(reduced), False),
+        (stateful(transposed), False),
+        (stateful(switched, {"count": jnp.zeros((), jnp.int32)}), True),
+    ],
+    ids=["reduced", "transposed", "switched"],
+)
+def test_only_what_is_elementwise_is_taken_for_it(inner, in_kernels, kernels):
+    params = draw(0, {"square": (4, 4), "bias": (24,)})
+    tx = optax_gale.gale(inner, 4)
+    expected = train(in_two_calls, tx, params=params)
+    found = train(optax_gale.update_and_apply, tx, params=params)
+    chex.assert_trees_all_close(found, expected, atol=2e-6)
+    assert bool(kernels) == in_kernels
+
+
+def test_a_state_that_changes_its_form_takes_the_general_path(kernels):
+    def grows(g, s):
+        steps = jax.tree.map(lambda x: -1e-2 * x, g)
+        return steps, {"last": jnp.float32(3), "steps": s["steps"] + 1}
+
+    tx = optax_gale.gale(stateful(grows, {"last": None, "steps": jnp.zeros(())}), 4)
+    params = draw(0, {"wide": (10, 24)})
+    state = tx.init(params)
+    found = optax_gale.update_and_apply(tx, params, state, params)
+    chex.assert_trees_all_close(found, in_two_calls(tx, params, state, params), atol=2e-6)
+    assert not kernels
+
+
+def test_what_an_inner_prints_is_printed(kernels):
+    calls = []
+
+    def printing(g, s):
+        jax.debug.callback(calls.append, jnp.float32(1))
+        return jax.tree.map(lambda x: -1e-2 * x, g), s
+
+    tx = optax_gale.gale(stateful(printing), 4)
+    params = draw(0, {"wide": (10, 24)})
+    optax_gale.update_and_apply(tx, params, tx.init(params), params)
+    jax.effects_barrier()
+    assert calls
+    assert not kernels
+
+
+def test_it_can_be_differentiated():
+    params, grads = draw(0, {"wide": (10, 24)}), draw(1, {"wide": (10, 24)})
+    tx = optax_gale.gale_adamw(1e-2, 4)
+    state = tx.init(params)
+
+    def loss(run, params):
+        return jnp.sum(run(tx, grads, state, params, refresh=False)[0]["wide"])
+
+    runs = (optax_gale.update_and_apply, in_two_calls)
+    found, expected = (jax.grad(loss, argnums=1)(run, params) for run in runs)
+    chex.assert_trees_all_close(found, expected, atol=1e-6)
+
+
 def test_what_is_wrong_is_said():
     tx, params = gale(optax.adamw(1e-2)), draw(0)
     state = tx.init(params)
@@ -234,6 +316,14 @@ def test_what_is_wrong_is_said():
         optax_gale.update_and_apply(tx, params, state, None)
     with pytest.raises(ValueError, match="must be None or one of"):
         optax_gale.update_and_apply(tx, params, state, params, implementation="cuda")
+    with pytest.raises(ValueError, match="must be None or one of"):
+        optax_gale.update_and_apply(optax.sgd(1.0), params, (), params, implementation="cuda")
+    with pytest.raises(ValueError, match=r"'wide' has shape \(10, 24\), but the parameter"):
+        optax_gale.update_and_apply(tx, params, state, {**params, "wide": jnp.ones((24, 10))})
+    with pytest.raises(TypeError, match="must be what `init` of this transformation returned"):
+        optax_gale.update_and_apply(tx, params, optax.adam(1.0).init(params), params)
+    with pytest.raises(TypeError, match="must be an Optax gradient transformation"):
+        optax_gale.update_and_apply(optax.adam, params, state, params)
     for implementation in ("mosaic_gpu", "triton"):
         with pytest.raises(
             ValueError, match=f"'{implementation}' cannot serve .* float32 matrices"

@@ -34,7 +34,7 @@ def back_project_apply(
       decays: for each a float32 scalar, such as ``-lr * weight_decay``.
       rows: whether the rows are projected.
       implementation: None for the fastest that was measured, ``"xla"``, ``"mosaic_gpu"``
-        (Hopper and later), or ``"triton"`` (with `jax-triton`).
+        (Hopper), or ``"triton"`` (with `jax-triton`).
 
     Returns:
       The new weights. Half-precision weights are updated from operands of their dtype.
@@ -52,11 +52,13 @@ def back_project_apply(
     """
     chosen = choose(weights, projectors, rows=rows, implementation=implementation)
     backend = dispatch.backend("back_project_apply", chosen)
-    return dispatch.run(
-        functools.partial(backend.back_project_apply, rows=rows),
-        functools.partial(xla.back_project_apply, rows=rows),
-        *(list(x) for x in (weights, projectors, updates, scales, decays)),
-    )
+    arguments = [list(x) for x in (weights, projectors, updates, scales, decays)]
+    by_xla = functools.partial(xla.back_project_apply, rows=rows)
+    if chosen == "xla":
+        return by_xla(*arguments)
+    kernel = functools.partial(backend.back_project_apply, rows=rows)
+    new: list[jax.Array] = dispatch.run(kernel, by_xla, *arguments)
+    return new
 
 
 def choose(

@@ -39,7 +39,7 @@ def project_update(
       rows: whether the rows are projected.
       update_dtype: dtype of U.
       implementation: None for the fastest that was measured, ``"xla"``, ``"mosaic_gpu"``
-        (Hopper and later), or ``"triton"`` (with `jax-triton`).
+        (Hopper), or ``"triton"`` (with `jax-triton`).
 
     Returns:
       U for every stack, ``(*batch, r, n)`` or ``(*batch, m, r)``, and its new moments. Projectors
@@ -61,15 +61,17 @@ def project_update(
     """
     chosen = choose(gradients, projectors, rows=rows, implementation=implementation)
     backend = dispatch.backend("project_update", chosen)
-    options = {"inner": inner, "rows": rows, "update_dtype": update_dtype}
-    return dispatch.run(
-        functools.partial(backend.project_update, **options),
-        functools.partial(xla.project_update, **options),
-        list(gradients),
-        list(projectors),
-        [list(x) for x in moments],
-        [list(x) for x in scalars],
+    options: dict[str, Any] = {"inner": inner, "rows": rows, "update_dtype": update_dtype}
+    nested = [[list(x) for x in lists] for lists in (moments, scalars)]
+    arguments = [list(gradients), list(projectors), *nested]
+    by_xla = functools.partial(xla.project_update, **options)
+    if chosen == "xla":
+        return by_xla(*arguments)
+    kernel = functools.partial(backend.project_update, **options)
+    out: tuple[list[jax.Array], list[tuple[jax.Array, ...]]] = dispatch.run(
+        kernel, by_xla, *arguments
     )
+    return out
 
 
 def choose(
