@@ -70,14 +70,19 @@ def update_and_apply(
     if params is None:
         raise ValueError("update_and_apply needs `params`: they are what it applies the update to.")
     pallas.check_implementation(implementation)
-    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
-        raise TypeError(
-            "update_and_apply: `tx` must be an Optax gradient transformation, with `init` and "
-            f"`update`, got {tx!r}."
-        )
+    check_transformation("tx", tx)
     in_place = getattr(tx, "in_place", None)
     if in_place is not None:
         out: tuple[Any, Any] = in_place(grads, state, params, implementation, **extra_args)
         return out
     updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **extra_args)
     return optax.apply_updates(params, updates), state
+
+
+def check_transformation(name: str, tx: Any) -> None:
+    """Raises TypeError unless an argument is a transformation."""
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        raise TypeError(
+            f"`{name}` must be an Optax gradient transformation, with `init` and `update`, got "
+            f"{tx!r}."
+        )

@@ -12,7 +12,7 @@ import optax
 from optax_gale import pallas
 from optax_gale.pallas import Implementation
 from optax_gale.transforms import fusion, subspace, trees
-from optax_gale.transforms.step import Step
+from optax_gale.transforms.step import Step, like_old
 
 
 class InPlaceStep(Step):
@@ -165,19 +165,16 @@ class InPlaceStep(Step):
 
     def _apply_changes(self) -> optax.Params:
         """With a residual the change of a weight is full-size anyhow; XLA fuses what follows."""
-        new = []
-        for w, change, decay in zip(self.weights, self._changes(), self.decays, strict=True):
-            if decay is not None:
-                change = change + decay * w.astype(change.dtype)
-            new.append(optax.apply_updates(w, change))
-        return self._like_params(new)
+        return self._like_params(
+            [
+                optax.apply_updates(w, change)
+                for w, change in zip(self.weights, self._changes(), strict=True)
+            ]
+        )
 
     def _like_params(self, values: Sequence[jax.Array]) -> optax.Params:
         return self.treedef.unflatten(
-            [
-                trees.rebox(old if trees.is_box(old) else None, w)
-                for old, w in zip(self.boxed_weights, values, strict=True)
-            ]
+            [like_old(old, w) for old, w in zip(self.boxed_weights, values, strict=True)]
         )
 
 

@@ -150,13 +150,11 @@ class Step:
         for i, (leaf, change) in enumerate(zip(self.leaves, self._changes(), strict=True)):
             weight = self.weights[i]
             dtype = leaf.value.dtype if weight is None else weight.dtype
-            if self.matrices[i] is not None and weight is not None:
-                change = change + self.decays[i] * weight.astype(change.dtype)
             out.append(trees.rebox(leaf.box, change.astype(dtype)))
         return self.treedef.unflatten(out)
 
     def _changes(self) -> list[Any]:
-        """What every weight changes by, decay apart."""
+        """What every weight changes by."""
         scales = self._scales()
         updates = [trees.unbox(u) for u in self.treedef.flatten_up_to(self.inner_updates)]
         terms = self._residuals(updates)
@@ -170,6 +168,8 @@ class Step:
                 if terms[i] is not None:
                     step = step + terms[i]
                 u = matrix.projection.view.from_matrix(step * scales[i])
+                if weight is not None:
+                    u = u + self.decays[i] * weight.astype(u.dtype)
             out.append(u)
         return out
 
@@ -203,7 +203,7 @@ class Step:
                 rows=matrix.projection.rows,
                 direction=direction,
             )
-            self.residual[i] = _like_old(memory, ratio)
+            self.residual[i] = like_old(memory, ratio)
         return terms
 
     def new_state(self) -> GaleState:
@@ -212,7 +212,7 @@ class Step:
             count=optax.safe_increment(self.state.count),
             projector=self.treedef.unflatten(
                 [
-                    _like_old(old, p)
+                    like_old(old, p)
                     for old, p in zip(self.boxed_projectors, self.projectors, strict=True)
                 ]
             ),
@@ -221,6 +221,6 @@ class Step:
         )
 
 
-def _like_old(old: Any, new: Any) -> Any:
+def like_old(old: Any, new: Any) -> Any:
     """New state in the box of the old, if it had one."""
     return trees.rebox(old, new) if trees.is_box(old) else new

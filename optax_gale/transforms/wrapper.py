@@ -11,7 +11,7 @@ from optax_gale.transforms import inner as inner_lib
 from optax_gale.transforms import moments as moments_lib
 from optax_gale.transforms import projectors as projectors_lib
 from optax_gale.transforms import selection, subspace, trees
-from optax_gale.transforms.apply import InPlaceTransformation
+from optax_gale.transforms.apply import InPlaceTransformation, check_transformation
 from optax_gale.transforms.in_place import InPlaceStep
 from optax_gale.transforms.moments import Moments
 from optax_gale.transforms.options import Options, check_scale
@@ -28,9 +28,9 @@ def wrap(
     full_rank: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the transformation that `gale` documents."""
-    _check_transformation("inner", inner)
+    check_transformation("inner", inner)
     if full_rank is not None:
-        _check_transformation("full_rank", full_rank)
+        check_transformation("full_rank", full_rank)
 
     def init(params: optax.Params) -> GaleState:
         leaves, treedef = trees.flatten(params)
@@ -125,14 +125,6 @@ def _checked_refresh(refresh: Any) -> bool | None:
             "leave it out to let the device decide."
         )
     return refresh
-
-
-def _check_transformation(name: str, tx: Any) -> None:
-    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
-        raise TypeError(
-            f"`{name}` must be an Optax gradient transformation, with `init` and `update`, got "
-            f"{tx!r}."
-        )
 
 
 def gale(
