@@ -51,12 +51,12 @@ TINY: dict[str, tuple[str, tuple[float, ...]]] = {
 }
 LLAMA_60M: dict[str, tuple[str, tuple[float, ...]]] = {
     "AdamW": ("optimizer=adamw", (1e-3, 2e-3, 3e-3)),
-    "GaLore": ("optimizer=galore", (5e-3, 1e-2)),
+    "GaLore": ("optimizer=galore", (5e-3, 1e-2, 2e-2)),
     "optax.contrib.galore": ("optimizer=optax_galore", (1e-2,)),
-    "GALE": ("optimizer=gale_adamw side=short", (5e-3, 1e-2)),
+    "GALE": ("optimizer=gale_adamw side=short", (5e-3, 1e-2, 2e-2)),
     "GALE, moments kept": ("optimizer=gale_adamw side=short moments=keep", (1e-2,)),
     "GALE, side long": ("optimizer=gale_adamw side=long", (5e-3, 1e-2, 2e-2)),
-    "GALE, Fira": ("optimizer=gale_adamw side=short residual=fira", (1e-2,)),
+    "GALE, Fira": ("optimizer=gale_adamw side=short residual=fira", (5e-3, 1e-2, 2e-2)),
     "GALE, not aligned, moments kept": (
         "optimizer=gale_adamw align=False side=short moments=keep",
         (1e-2,),
@@ -69,12 +69,12 @@ LLAMA_60M: dict[str, tuple[str, tuple[float, ...]]] = {
         "optimizer=gale_adamw align=False side=short moments=keep residual=fira",
         (1e-2,),
     ),
-    "GALE-Muon": ("optimizer=gale_muon side=short", (2e-2,)),
+    "GALE-Muon": ("optimizer=gale_muon side=short", (1e-2, 2e-2, 4e-2)),
     "GALE-Muon, not aligned, moments kept": (
         "optimizer=gale_muon align=False side=short moments=keep",
         (2e-2,),
     ),
-    "Muon": ("optimizer=muon", (2e-2,)),
+    "Muon": ("optimizer=muon", (1e-2, 2e-2)),
 }
 SUITES = {"tiny": TINY, "60m": LLAMA_60M}
 

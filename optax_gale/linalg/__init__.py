@@ -7,7 +7,7 @@ zero or not finite. They run on matrices whose axes are sharded, on Auto and Exp
 from optax_gale._products import einsum
 from optax_gale.linalg.orthonormalize import OrthonormalizeMethod, orthonormalize
 from optax_gale.linalg.randomized_svd import randomized_svd
-from optax_gale.linalg.range_finder import random_range, range_finder, svd_range
+from optax_gale.linalg.range_finder import random_range, range_finder, range_finders, svd_range
 from optax_gale.linalg.sketch import SketchKind, gaussian, make_sketch, rademacher
 from optax_gale.linalg.subspaces import captured_energy, principal_angles
 
@@ -24,5 +24,6 @@ __all__ = [
     "random_range",
     "randomized_svd",
     "range_finder",
+    "range_finders",
     "svd_range",
 ]

@@ -2,13 +2,16 @@
 
 import functools
 import math
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optax_gale import _sharding
 from optax_gale._products import einsum, working_dtype
+from optax_gale.linalg import _half_range
+from optax_gale.linalg._split import half_product
 from optax_gale.linalg._tall_svd import tall_svd
 from optax_gale.linalg.orthonormalize import (
     OrthonormalizeMethod,
@@ -105,15 +108,127 @@ def range_finder(
         Halko, Martinsson, Tropp, `Finding structure with randomness
         <https://arxiv.org/abs/0909.4061>`_, 2011, Algorithms 4.1, 4.4 and Theorem 10.5.
     """
-    g = check_matrices(g, rank)
-    m, n = g.shape[-2:]
+    [p] = range_finders(
+        [key],
+        [g],
+        rank,
+        oversampling=oversampling,
+        power_iterations=power_iterations,
+        sketch=sketch,
+        sample_fraction=sample_fraction,
+        align=align,
+        starts=[start],
+        fallbacks=[fallback],
+        method=method,
+    )
+    return p
+
+
+def range_finders(
+    keys: Sequence[jax.Array],
+    gs: Sequence[jax.Array],
+    rank: int,
+    *,
+    oversampling: int = 0,
+    power_iterations: int = 1,
+    sketch: SketchKind = "gaussian",
+    starts: Sequence[jax.Array | None] | None = None,
+    fallbacks: Sequence[jax.Array | None] | None = None,
+    sample_fraction: float = 1.0,
+    align: bool = False,
+    method: OrthonormalizeMethod = "auto",
+) -> list[jax.Array]:
+    r"""Finds the ranges of many stacks of matrices: `range_finder` for each of them.
+
+    On an NVIDIA GPU, half-precision stacks without oversampling are served together, by products of
+    bfloat16 matrices: all their small factorisations run in one batch. The bases are orthonormal to
+    1e-5 there too; their span is off by about as much as a bfloat16 copy of it would be.
+
+    Args:
+        keys: a PRNG key for each stack.
+        gs: the stacks, ``(*batch, m, n)``; their shapes and dtypes may differ.
+        rank: the columns of every ``P``.
+        oversampling: see `range_finder`, as for the other options.
+        power_iterations: steps of subspace iteration.
+        sketch: the distribution of ``Ω``.
+        starts: an old basis for each stack, or None.
+        fallbacks: a basis for each stack, for matrices whose range cannot be found, or None.
+        sample_fraction: the fraction of the columns that the sketch reads.
+        align: whether to turn the bases towards the singular vectors.
+        method: how to orthonormalise; any but ``"auto"`` serves one stack after the other.
+
+    Returns:
+        ``P (*batch, m, rank)`` for each stack.
+
+    Raises:
+        TypeError: a matrix or a start is not a floating-point array.
+        ValueError: an argument is out of range; the message names it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from optax_gale.linalg import range_finders
+        >>> keys = jax.random.split(jax.random.key(0), 2)
+        >>> [p.shape for p in range_finders(keys, [jnp.ones((8, 5)), jnp.ones((3, 6, 7))], rank=2)]
+        [(8, 2), (3, 6, 2)]
+    """
     if oversampling < 0:
         raise ValueError(f"oversampling must be 0 or more; got {oversampling}.")
     if power_iterations < 0:
         raise ValueError(f"power_iterations must be 0 or more; got {power_iterations}.")
     if not 0 < sample_fraction <= 1:
         raise ValueError(f"sample_fraction must be in (0, 1]; got {sample_fraction}.")
-    width = min(rank + oversampling, m, n)
+    none = [None] * len(gs)
+    problems = [
+        _checked(key, g, start, fallback, rank, rank + oversampling, sample_fraction)
+        for key, g, start, fallback in zip(keys, gs, starts or none, fallbacks or none, strict=True)
+    ]
+    is_together = [_served_together(problem, rank, method) for problem in problems]
+    together = [problem for problem, yes in zip(problems, is_together, strict=True) if yes]
+    found = iter(
+        half_range_finders(
+            *([problem[i] for problem in together] for i in range(4)),
+            rank,
+            tuple(problem.samples for problem in together),
+            power_iterations,
+            sketch,
+            align,
+        )
+        if together
+        else []
+    )
+    return [
+        next(found)
+        if yes
+        else _range_finder(
+            *problem[:4], rank, *problem[4:], power_iterations, sketch, align, method
+        )
+        for problem, yes in zip(problems, is_together, strict=True)
+    ]
+
+
+class _Problem(NamedTuple):
+    """One stack, with what its sketch is made of."""
+
+    key: jax.Array
+    g: jax.Array
+    start: jax.Array | None
+    fallback: jax.Array | None
+    width: int
+    samples: int
+
+
+def _checked(
+    key: jax.Array,
+    g: jax.Array,
+    start: jax.Array | None,
+    fallback: jax.Array | None,
+    rank: int,
+    width: int,
+    sample_fraction: float,
+) -> _Problem:
+    g = check_matrices(g, rank)
+    m, n = g.shape[-2:]
+    width = min(width, m, n)
     if start is not None:
         start = jnp.asarray(start)
         if not jnp.issubdtype(start.dtype, jnp.floating):
@@ -132,9 +247,43 @@ def range_finder(
             )
     # Rounded first, so that 0.1 * 30 = 3.0000000000000004 makes 3 columns.
     samples = max(math.ceil(round(sample_fraction * n, 6)), width)
-    return _range_finder(
-        key, g, start, fallback, rank, width, samples, power_iterations, sketch, align, method
-    )
+    return _Problem(key, g, start, fallback, width, samples)
+
+
+def _served_together(problem: _Problem, rank: int, method: OrthonormalizeMethod) -> bool:
+    """Whether `half_range_finders` can serve a stack, and is faster.
+
+    Decided here and not where a program is lowered, which would then hold both ways.
+    """
+    g = problem.g
+    is_half = g.dtype in (jnp.bfloat16, jnp.float16)
+    plain = method == "auto" and problem.width == rank and not any(_sharding.spec_of(g))
+    return is_half and plain and _half_range.is_fast()
+
+
+@functools.partial(jax.jit, static_argnums=range(4, 9))
+def half_range_finders(
+    keys: Sequence[jax.Array],
+    gs: Sequence[jax.Array],
+    starts: Sequence[jax.Array | None],
+    fallbacks: Sequence[jax.Array | None],
+    rank: int,
+    samples: tuple[int, ...],
+    power_iterations: int,
+    sketch: SketchKind,
+    align: bool,
+) -> list[jax.Array]:
+    """`range_finders` of half-precision stacks, by `_half_range`, on any device."""
+    product = functools.partial(half_product, dtype=jnp.bfloat16)
+    ys = [
+        _first_sketch(key, g, start, rank, size, sketch, product)
+        for key, g, start, size in zip(keys, gs, starts, samples, strict=True)
+    ]
+    found = _half_range.half_ranges(ys, gs, power_iterations=power_iterations, align=align)
+    return [
+        or_identity(q, usable) if fallback is None else or_else(q, usable, fallback)
+        for (q, usable), fallback in zip(found, fallbacks, strict=True)
+    ]
 
 
 @functools.partial(jax.jit, static_argnums=range(4, 11))
@@ -151,20 +300,7 @@ def _range_finder(
     align: bool,
     method: OrthonormalizeMethod,
 ) -> jax.Array:
-    parts = []
-    missing = width
-    if start is not None:
-        # Unit columns: the product with G cannot overflow, and old singular vectors stay
-        # well-conditioned however fast their singular values decay.
-        z, _ = normalize_columns(_transposed_times(g, start))
-        key, key_lost = jax.random.split(key)
-        fresh = make_sketch(sketch, key_lost, z.shape[-2:], z.dtype) / math.sqrt(g.shape[-1])
-        lost = jnp.sum(z * z, axis=-2, keepdims=True) == 0
-        parts.append(_times(g, z + lost * fresh))
-        missing -= start.shape[-1]
-    if missing:
-        parts.append(_sketched(key, g, missing, samples, sketch))
-    y = jnp.concatenate(parts, axis=-1)
+    y = _first_sketch(key, g, start, width, samples, sketch)
     _, usable = normalize_columns(y)
     q = orthonormalize(y, method)
     for _ in range(power_iterations):
@@ -181,8 +317,39 @@ def _range_finder(
     return q if fallback is None else or_else(q, usable, fallback)
 
 
+def _first_sketch(
+    key: jax.Array,
+    g: jax.Array,
+    start: jax.Array | None,
+    width: int,
+    samples: int,
+    sketch: SketchKind,
+    product: Callable[..., jax.Array] = einsum,
+) -> jax.Array:
+    """Returns ``Y``: what ``start`` makes of ``g``, and as many random columns as are missing."""
+    parts = []
+    missing = width
+    if start is not None:
+        # Unit columns: the product with G cannot overflow, and old singular vectors stay
+        # well-conditioned however fast their singular values decay.
+        z, _ = normalize_columns(_transposed_times(g, start))
+        key, key_lost = jax.random.split(key)
+        fresh = make_sketch(sketch, key_lost, z.shape[-2:], z.dtype) / math.sqrt(g.shape[-1])
+        lost = jnp.sum(z * z, axis=-2, keepdims=True) == 0
+        parts.append(_times(g, z + lost * fresh))
+        missing -= start.shape[-1]
+    if missing:
+        parts.append(_sketched(key, g, missing, samples, sketch, product))
+    return jnp.concatenate(parts, axis=-1)
+
+
 def _sketched(
-    key: jax.Array, g: jax.Array, width: int, samples: int, kind: SketchKind
+    key: jax.Array,
+    g: jax.Array,
+    width: int,
+    samples: int,
+    kind: SketchKind,
+    product: Callable[..., jax.Array],
 ) -> jax.Array:
     n = g.shape[-1]
     key_sketch, key_columns = jax.random.split(key)
@@ -193,7 +360,7 @@ def _sketched(
             omega = jnp.zeros((n, width), omega.dtype).at[columns].set(omega)
         else:
             g = jnp.take(g, columns, axis=-1)
-    return einsum("...mn,nk->...mk", g, omega)
+    return product("...mn,nk->...mk", g, omega)
 
 
 def _factor_dtype(g: jax.Array) -> jnp.dtype:

@@ -77,7 +77,7 @@ def refreshed(
     def refresh_unit(unit: refresh.Unit, step: jax.Array, masked: bool):
         size = unit.size if unit.size is not None and unit.slots > 1 else None
         start: Any = None  # of the slice of a stack that is refreshed, if it is not the whole
-        bases, accepted = {}, {}
+        requests, turns = [], []
         for position in unit.leaves:
             leaf, p = where[position], current[position]
             g = gradients[leaf].g
@@ -89,17 +89,26 @@ def refreshed(
                     start = jnp.minimum(due, p.shape[0] - size)
                     g, p = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (g, p))
             key = jax.random.fold_in(options.key(), zlib.crc32(gradients[leaf].path.encode()))
-            new, usable = _find(
-                options, gradients[leaf].projection, g, p, jax.random.fold_in(key, step)
-            )
+            projection = gradients[leaf].projection
+            key = jax.random.fold_in(key, step)
+            requests.append(range_finders.Request(g, projection.rows, projection.rank, key, p))
+            turn: Any = True
             if masked:
-                usable = usable & planned.due(position, step, gaps[position])
+                turn = planned.due(position, step, gaps[position])
             if size is not None:
                 place = jnp.arange(p.shape[0]) + (0 if start is None else start)
-                turn = (place >= due) & (place < due + size)
+                turn = turn & (place >= due) & (place < due + size)
+            turns.append(turn)
+        bases, accepted = {}, {}
+        found = _find(options, requests)
+        for position, request, turn, (new, usable) in zip(
+            unit.leaves, requests, turns, found, strict=True
+        ):
+            leaf = where[position]
+            if size is not None:
                 turn = shardings.match(turn, usable[(slice(None),) + (0,) * (usable.ndim - 1)])
-                usable = usable & turn.reshape(-1, *(1,) * (usable.ndim - 1))
-            bases[leaf], accepted[leaf] = (p, new), usable
+                turn = turn.reshape(-1, *(1,) * (usable.ndim - 1))
+            bases[leaf], accepted[leaf] = (request.previous, new), usable & turn
         carried = moments.carried(bases, start)
         out, values = list(current), list(moments.values)
         for position in unit.leaves:
@@ -135,18 +144,21 @@ def _replaced(whole: jax.Array, new: jax.Array, accepted: jax.Array, start: Any)
 
 
 def _find(
-    options: Options, projection: Projection, g: jax.Array, old: jax.Array, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """New projectors, and which of them ``(*batch,)`` may be used.
+    options: Options, requests: Sequence[range_finders.Request]
+) -> list[tuple[jax.Array, jax.Array]]:
+    """New projectors of every leaf, and which of them ``(*batch,)`` may be used.
 
     A gradient that is zero or not finite says nothing about its range. A sum tells: unlike a
     maximum it cannot lose a NaN.
     """
-    find = range_finders.resolve(options.range_finder)
-    new = find(g, rows=projection.rows, rank=projection.rank, key=key, previous=old)
-    size = jnp.sum(jnp.abs(g.astype(jnp.float32)), axis=(-2, -1))
-    usable = jnp.isfinite(size) & (size > 0) & jnp.isfinite(jnp.sum(new, axis=(-2, -1)))
-    return shardings.match(new.astype(old.dtype), old), usable
+    out = []
+    found = range_finders.resolve(options.range_finder)(requests)
+    for request, new in zip(requests, found, strict=True):
+        size = jnp.sum(jnp.abs(request.g.astype(jnp.float32)), axis=(-2, -1))
+        usable = jnp.isfinite(size) & (size > 0) & jnp.isfinite(jnp.sum(new, axis=(-2, -1)))
+        old = request.previous
+        out.append((shardings.match(new.astype(old.dtype), old), usable))
+    return out
 
 
 class InnerMoments:

@@ -1,8 +1,9 @@
 """How a gradient becomes a projector: the `range_finder` option."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -94,16 +95,28 @@ class Sketch:
         self, x: jax.Array, *, rank: int, key: jax.Array, previous: jax.Array
     ) -> jax.Array:
         """Finds the projectors of ``x`` (see `RangeFinder`)."""
-        return linalg.range_finder(
-            key,
-            x,
+        [p] = self.together([x], rank=rank, keys=[key], previous=[previous])
+        return p
+
+    def together(
+        self,
+        xs: Sequence[jax.Array],
+        *,
+        rank: int,
+        keys: Sequence[jax.Array],
+        previous: Sequence[jax.Array],
+    ) -> list[jax.Array]:
+        """Finds the projectors of several leaves of one rank, which can be faster."""
+        return linalg.range_finders(
+            keys,
+            xs,
             rank,
             oversampling=self.oversampling,
             # Warm: the start takes the sketch's place, and its first product is an iteration.
             power_iterations=self.power_iterations - int(self.warm_start),
             sketch=self.sketch,
-            start=previous if self.warm_start else None,
-            fallback=previous,
+            starts=previous if self.warm_start else None,
+            fallbacks=previous,
             sample_fraction=self.sample_fraction,
             align=self.align,
         )
@@ -123,49 +136,86 @@ _NAMED: dict[str, RangeFinder] = {
 }
 RangeFinderName = Literal["gale", "gale_approx", "warm", "svd", "random"]
 
-# (gradients (*batch, m, n), rows, rank, key, previous) -> projectors
-MatrixRangeFinder = Callable[..., jax.Array]
+
+class Request(NamedTuple):
+    """A leaf that needs projectors.
+
+    Attributes:
+      g: the gradients ``(*batch, m, n)``.
+      rows: whether the rows are projected.
+      rank: columns of a projector.
+      key: a key of its own.
+      previous: the projectors in use.
+    """
+
+    g: jax.Array
+    rows: bool
+    rank: int
+    key: jax.Array
+    previous: jax.Array
 
 
-def resolve(range_finder: RangeFinderName | RangeFinder) -> MatrixRangeFinder:
-    """Turns the `range_finder` option into a function of unoriented gradients.
+def resolve(
+    range_finder: RangeFinderName | RangeFinder,
+) -> Callable[[Sequence[Request]], list[jax.Array]]:
+    """Turns the `range_finder` option into a function of requests, which finds their projectors.
 
     Raises:
       ValueError: if it is an unknown name.
       TypeError: if it is neither a name nor a callable.
     """
     if range_finder == "svd":
-        return _svd
+        return lambda requests: [_svd(request) for request in requests]
     if isinstance(range_finder, str):
         if range_finder not in _NAMED:
             raise ValueError(
                 f"`range_finder` must be one of {sorted([*_NAMED, 'svd'])}, a `Sketch`, or a "
                 f"callable, got {range_finder!r}."
             )
-        return _oriented(_NAMED[range_finder])
+        range_finder = _NAMED[range_finder]
     if not callable(range_finder):
         raise TypeError(
             f"`range_finder` must be a name, a `Sketch`, or a callable, got {range_finder!r}."
         )
-    return _oriented(range_finder)
+    if type(range_finder) is Sketch:  # a subclass may be called in its own way
+        return functools.partial(_together, range_finder)
+    return lambda requests: [_one(range_finder, request) for request in requests]
 
 
-def _svd(g: jax.Array, *, rows: bool, rank: int, key: jax.Array, previous: jax.Array) -> jax.Array:
+def _svd(request: Request) -> jax.Array:
     """GaLore's range finder. It takes the gradient unoriented: the signs of singular vectors differ
     between a matrix and its transpose, and moments are kept across refreshes."""  # noqa: D205, D209
-    del key, previous
-    return linalg.svd_range(g, rank, side="left" if rows else "right")
+    side: Literal["left", "right"] = "left" if request.rows else "right"
+    return linalg.svd_range(request.g, request.rank, side=side)
 
 
-def _oriented(finder: RangeFinder) -> MatrixRangeFinder:
-    def find(g, *, rows, rank, key, previous):
-        x = g if rows else jnp.swapaxes(g, -2, -1)
-        p = finder(x, rank=rank, key=key, previous=previous)
-        if p.shape != previous.shape:
-            raise ValueError(
-                f"`range_finder` returned shape {p.shape} for gradients of shape {x.shape} and "
-                f"rank {rank}; expected {previous.shape}."
-            )
-        return p
+def _one(finder: RangeFinder, request: Request) -> jax.Array:
+    x, previous = _oriented(request), request.previous
+    p = finder(x, rank=request.rank, key=request.key, previous=previous)
+    if p.shape != previous.shape:
+        raise ValueError(
+            f"`range_finder` returned shape {p.shape} for gradients of shape {x.shape} and "
+            f"rank {request.rank}; expected {previous.shape}."
+        )
+    return p
 
-    return find
+
+def _together(sketch: Sketch, requests: Sequence[Request]) -> list[jax.Array]:
+    """Serves requests of one rank in one call."""
+    out: list[Any] = [None] * len(requests)
+    for rank in dict.fromkeys(request.rank for request in requests):
+        places = [i for i, request in enumerate(requests) if request.rank == rank]
+        found = sketch.together(
+            [_oriented(requests[i]) for i in places],
+            rank=rank,
+            keys=[requests[i].key for i in places],
+            previous=[requests[i].previous for i in places],
+        )
+        for i, p in zip(places, found, strict=True):
+            out[i] = p
+    return out
+
+
+def _oriented(request: Request) -> jax.Array:
+    """The gradients with the projected side first."""
+    return request.g if request.rows else jnp.swapaxes(request.g, -2, -1)

@@ -406,3 +406,25 @@ def test_seed_as_a_hyperparameter_sets_the_key():
     tree = {"a": jnp.ones((4, 6))}
     _, state = jax.jit(tx.update)(tree, tx.init(tree), tree)
     np.testing.assert_array_equal(state.inner_state.projector["a"], keys(tree, seed=3)["a"])
+
+
+def test_a_sketch_serves_leaves_of_one_rank_together(monkeypatch):
+    calls = []
+    together = optax_gale.Sketch.together
+
+    def counting(self, xs, **options):
+        calls.append((options["rank"], [x.shape for x in xs]))
+        return together(self, xs, **options)
+
+    monkeypatch.setattr(optax_gale.Sketch, "together", counting)
+    params = ones({"a": (4, 6), "b": (2, 6, 4), "c": (8, 9)})
+    gradients = {k: jax.random.normal(jax.random.key(1), p.shape) for k, p in params.items()}
+    tx = optax_gale.gale(optax.sgd(0.1), {"a": 2, "b": 2, "c": 3}, side="short")
+    _, state = tx.update(gradients, tx.init(params), params, refresh=True)
+    assert calls == [(2, [(4, 6), (2, 4, 6)]), (3, [(8, 9)])]
+    for name, p in state.projector.items():
+        calls.clear()
+        tx = optax_gale.gale(optax.sgd(0.1), {"a": 2, "b": 2, "c": 3}[name], side="short")
+        one = {name: params[name]}
+        _, alone = tx.update({name: gradients[name]}, tx.init(one), one, refresh=True)
+        chex.assert_trees_all_close(p, alone.projector[name], atol=1e-5)
