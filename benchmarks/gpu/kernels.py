@@ -58,7 +58,7 @@ class Task(NamedTuple):
       work: what it must do.
       carry: shapes of what it changes.
       fixed: shapes of what it reads.
-      scalars: numbers, which stand among ``fixed`` at the end.
+      scalars: numbers that all leaves share, which stand among ``fixed`` at the end.
       step: ``implementation -> step``.
     """
 
@@ -109,7 +109,7 @@ def project_update(shape: Shape) -> Task:
                 gradients,
                 projectors,
                 moments,
-                scalars,
+                [scalars] * leaves,
                 inner,
                 rows=shape.rows,
                 update_dtype=jnp.bfloat16,
@@ -121,7 +121,7 @@ def project_update(shape: Shape) -> Task:
     carry, fixed = ([update] * leaves, moments), (gradients, projectors)
     moved = nbytes(fixed) + 2 * nbytes(moments) + nbytes(carry[0])
     problem = Problem.of("project_update", gradients, projectors, rows=shape.rows)
-    return Task(problem, Work(moved, shape.flops), carry, fixed, [scalars] * leaves, step)
+    return Task(problem, Work(moved, shape.flops), carry, fixed, scalars, step)
 
 
 def back_project_apply(shape: Shape) -> Task:
@@ -130,17 +130,17 @@ def back_project_apply(shape: Shape) -> Task:
     weights = [jax.ShapeDtypeStruct(shape.matrix, jnp.bfloat16)] * leaves
     projectors = [jax.ShapeDtypeStruct(shape.projector, jnp.float32)] * leaves
     updates = [jax.ShapeDtypeStruct(shape.subspace, jnp.bfloat16)] * leaves
-    scalars = [[jnp.float32(x)] * leaves for x in (-0.01, -1e-4)]
+    scalars = [jnp.float32(x) for x in (-0.01, -1e-4)]
 
     def step(implementation: Implementation | None) -> Step:
         def call(weights: Any, fixed: Any) -> Any:
-            projectors, updates, (scales, decays) = fixed
+            projectors, updates, (scale, decay) = fixed
             return pallas.back_project_apply(
                 weights,
                 projectors,
                 updates,
-                scales,
-                decays,
+                [scale] * leaves,
+                [decay] * leaves,
                 rows=shape.rows,
                 implementation=implementation,
             )

@@ -16,19 +16,19 @@ class Prefetch:
     """
 
     def __init__(self, batches: Any, *, depth: int = 4):
-        """Starts the thread.
+        """Prepares the thread, which starts with the second batch.
 
         Args:
           batches: an iterator of dictionaries of NumPy arrays, with Grain's ``get_state``.
           depth: how many batches to hold.
         """
         self.position: Any = batches.get_state()
+        self._first: Any = batches
         self._queue: queue.Queue[Any] = queue.Queue(depth)
         self._stopped = threading.Event()
         self._thread = threading.Thread(
             target=self._fill, args=(batches,), name="prefetch", daemon=True
         )
-        self._thread.start()
 
     def _fill(self, batches: Any) -> None:
         try:
@@ -54,6 +54,14 @@ class Prefetch:
 
     def __next__(self) -> Any:
         """The next batch, on the device."""
+        if self._first is not None:
+            # Not in the thread: the first run of a program must not find transfers under way (it
+            # may load cuDNN's graphs, which then fails).
+            batch = jax.block_until_ready(jax.device_put(next(self._first)))
+            self.position, self._first = self._first.get_state(), None
+            return batch
+        if self._thread.ident is None:
+            self._thread.start()
         item = self._queue.get()
         if isinstance(item, BaseException):
             raise item
@@ -63,4 +71,5 @@ class Prefetch:
     def close(self) -> None:
         """Stops the thread."""
         self._stopped.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()

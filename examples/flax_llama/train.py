@@ -226,6 +226,8 @@ class Trainer:
             meter.run()
             for step in range(start + 1, self.steps + 1):
                 state, metrics = train_step(step, state, next(batches))
+                if step == start + 1:
+                    jax.block_until_ready(metrics)  # before the prefetching begins
                 meter.add(metrics)
                 if not (due(output.eval_every) or due(output.checkpoint_every)):
                     if (step - 1) % output.log_every == 0:

@@ -5,6 +5,7 @@ zero or not finite. They run on matrices whose axes are sharded, on Auto and Exp
 """
 
 from optax_gale._products import einsum
+from optax_gale.linalg._split import split_einsum
 from optax_gale.linalg.orthonormalize import OrthonormalizeMethod, orthonormalize
 from optax_gale.linalg.randomized_svd import randomized_svd
 from optax_gale.linalg.range_finder import random_range, range_finder, range_finders, svd_range
@@ -25,5 +26,6 @@ __all__ = [
     "randomized_svd",
     "range_finder",
     "range_finders",
+    "split_einsum",
     "svd_range",
 ]

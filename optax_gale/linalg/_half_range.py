@@ -26,6 +26,7 @@ from optax_gale.linalg._split import (
     TIMES,
     half_product,
     half_times_split,
+    rounded,
     split_gram,
     split_times,
 )
@@ -80,12 +81,6 @@ def half_ranges(
             ]
     ps, found = _orthonormal(batch, ys, align)
     return list(zip(ps, batch.parts(found & usable), strict=True))
-
-
-def is_fast() -> bool:
-    """Whether the device has tensor cores: it is an NVIDIA GPU."""
-    device = jax.devices()[0]
-    return device.platform == "gpu" and "cuda" in device.client.platform_version
 
 
 class _Batch:
@@ -165,7 +160,7 @@ def _orthonormal(
         # Noise of the size of rounding gives a length to the directions that are missing. Matrices
         # that nothing can be made of must not make the others wait.
         hs = [
-            jnp.where(keep, half_times_split(h, x) + noise, eye).astype(jnp.bfloat16)
+            rounded(jnp.where(keep, half_times_split(h, x) + noise, eye))
             for h, x, keep, noise, eye in zip(
                 hs, batch.parts(factor), usable_parts, noises, eyes, strict=True
             )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optax_gale import _sharding
 from optax_gale._products import einsum, working_dtype
-from optax_gale.linalg import _half_range
+from optax_gale.linalg import _half_range, _split
 from optax_gale.linalg._split import half_product
 from optax_gale.linalg._tall_svd import tall_svd
 from optax_gale.linalg.orthonormalize import (
@@ -258,7 +258,7 @@ def _served_together(problem: _Problem, rank: int, method: OrthonormalizeMethod)
     g = problem.g
     is_half = g.dtype in (jnp.bfloat16, jnp.float16)
     plain = method == "auto" and problem.width == rank and not any(_sharding.spec_of(g))
-    return is_half and plain and _half_range.is_fast()
+    return is_half and plain and _split.is_fast()
 
 
 @functools.partial(jax.jit, static_argnums=range(4, 9))

@@ -20,6 +20,9 @@ from optax_gale.pallas.dispatch import Problem
 
 # Pointers that one launch takes: each is 8 bytes, and all arguments of a kernel fit in 4 KiB.
 MOST_POINTERS = 400
+# Elements of a stack from which rounding its projector before the kernel costs less than reading
+# it in float32.
+_ROUNDED_BEFORE = 2**22
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -69,6 +72,13 @@ def alignment(m: int, n: int, dtype: Any) -> tuple[int, int]:
     return (period, width) if m % period == 0 else (1, 1)
 
 
+def rounded(projectors: Sequence[jax.Array], problem: Problem) -> list[jax.Array]:
+    """Projectors as a kernel takes them: rounded, or to be rounded in it if a launch costs more."""
+    if problem.batch * problem.m * problem.n < _ROUNDED_BEFORE:
+        return list(projectors)
+    return [p.astype(problem.dtype) for p in projectors]
+
+
 def power_of_two(x: int) -> int:
     """The smallest power of two that is not smaller."""
     return 1 << (x - 1).bit_length()
@@ -101,7 +111,7 @@ def call(
       programs: programs that serve one leaf.
       inputs: arrays that are only read, for every leaf.
       donated: arrays that are overwritten, for every leaf.
-      scalars: scalars of every leaf.
+      scalars: scalars of every leaf, or once those that all have.
       fresh: arrays that are made, for every leaf.
       warps: warps of a program.
       stages: stages of its pipelines.
@@ -113,9 +123,8 @@ def call(
 
     results: dict[str, Sequence[Any]] = {**(fresh or {}), **donated}
     leaves = len(next(iter(results.values())))
-    kernel = _grouped(
-        body, leaves, programs, len(scalars[0]), *map(tuple, (inputs, donated, results))
-    )
+    numbers = len(scalars[0]) if len(scalars) > 1 else 0
+    kernel = _grouped(body, leaves, programs, numbers, *map(tuple, (inputs, donated, results)))
     arrays = [x for group in (*inputs.values(), *donated.values()) for x in group]
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for group in results.values() for x in group]
     read, made = len(inputs) * leaves, len(fresh or {}) * leaves

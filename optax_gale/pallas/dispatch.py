@@ -4,7 +4,7 @@ import functools
 import importlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any, Literal, NamedTuple
 
@@ -129,6 +129,21 @@ def run(kernel: Callable[..., Any], xla: Callable[..., Any], *arguments: Any) ->
         return out, jax.tree.map(lambda _: True, out)
 
     return call(*arguments)
+
+
+def one_for_all(scalars: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Scalars of the leaves of a group; those of the first alone where all have the very same.
+
+    To be asked before `run`, where every argument becomes a value of its own.
+    """
+    rows = [list(row) for row in scalars]
+    same = all(x is y for row in rows[1:] for x, y in zip(row, rows[0], strict=True))
+    return rows[:1] if same else rows
+
+
+def one_for_each(scalars: Sequence[Any], leaves: int) -> list[Any]:
+    """Undoes `one_for_all`."""
+    return list(scalars) * leaves if len(scalars) < leaves else list(scalars)
 
 
 def _words(problem: Problem) -> str:

@@ -6,7 +6,8 @@ kernel runs on the tiles of a projected gradient while they are still in registe
 (step counters, bias corrections, schedules, other leaves) is evaluated beside it as usual.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -89,6 +90,7 @@ class Analysis:
         self._avals: list[Any] = []
         self._equations: list[Equation] = []
         self._is_readable = True
+        self._known: dict[Hashable, tuple[int, ...]] = {}
         self._inputs = [self._new(var.aval) for var in closed.jaxpr.invars]
         constants = [self._new(var.aval) for var in closed.jaxpr.constvars]
         self._constants = dict(zip(constants, closed.consts, strict=True))
@@ -120,10 +122,25 @@ class Analysis:
                 continue
             if eqn.primitive.name not in _WITH_FUNCTIONS:
                 self._is_readable &= not any(map(_is_function, eqn.params.values()))
-            outputs = tuple(self._new(var.aval) for var in eqn.outvars)
-            self._equations.append(Equation(eqn, tuple(operands), outputs))
-            known.update(zip(eqn.outvars, outputs, strict=True))
+            known.update(zip(eqn.outvars, self._appended(eqn, operands), strict=True))
         return [read(x) for x in jaxpr.outvars]
+
+    def _appended(self, eqn: Any, operands: list[Any]) -> tuple[int, ...]:
+        """Appends an equation, unless there is one like it; returns its outputs.
+
+        What leaves have in common, such as their decay, must be one value to be passed only once.
+        """
+        params = sorted(eqn.params.items(), key=lambda item: item[0])
+        inputs = [_literal_key(x) if isinstance(x, Literal) else x for x in operands]
+        key: Hashable = (eqn.primitive, *params, *inputs)
+        try:
+            if key in self._known:
+                return self._known[key]
+        except TypeError:  # a parameter that cannot be hashed
+            key = len(self._equations)
+        self._known[key] = outputs = tuple(self._new(var.aval) for var in eqn.outvars)
+        self._equations.append(Equation(eqn, tuple(operands), outputs))
+        return outputs
 
     def _depending(self, value: int) -> set[int]:
         """Every value that depends on a given one."""
@@ -242,15 +259,27 @@ class Analysis:
             if wanted.intersection(equation.outputs):
                 results = _run(equation.eqn, [read(x) for x in equation.inputs])
                 values.update(zip(equation.outputs, results, strict=True))
+
+        @functools.cache
+        def array(number: int) -> jax.Array:
+            return jax.numpy.asarray(values[number])
+
         out = [
-            None if position in elsewhere else jax.numpy.asarray(read(x))
+            None
+            if position in elsewhere
+            else jax.numpy.asarray(x.val)
+            if isinstance(x, Literal)
+            else array(x)
             for position, x in enumerate(self._outputs)
         ]
         last = self._leaves + self._state
-        scalars = {
-            i: [jax.numpy.asarray(values[x]) for x in self.programs[i].scalars] for i in kernels
-        }
+        scalars = {i: [array(x) for x in self.programs[i].scalars] for i in kernels}
         return Evaluation(out[: self._leaves], out[self._leaves : last], out[last:], scalars)
+
+
+def _literal_key(literal: Any) -> Hashable:
+    value = np.asarray(literal.val)
+    return (str(literal.aval), value.shape, value.tobytes())
 
 
 def _is_function(x: Any) -> bool:

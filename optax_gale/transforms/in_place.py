@@ -2,7 +2,7 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -146,15 +146,16 @@ class InPlaceStep(Step):
             w if projected else optax.apply_updates(w, u)
             for w, u, projected in zip(self.weights, updates, self.projected, strict=True)
         ]
-        scales = self._scales()
         where = [i for i, projected in enumerate(self.projected) if projected]
+        scales = self._scales()
+        numbers = _arrays({i: (scales[i], _sum_dtype(self.weights[i])) for i in where})
         for group in _grouped(where, lambda i: (self._kind(i), str(updates[i].dtype))):
             views = [self.matrices[i].projection.view for i in group]
             applied = pallas.back_project_apply(
                 [view.to_matrix(self.weights[i]) for view, i in zip(views, group, strict=True)],
                 [self.projectors[i] for i in group],
                 [updates[i] for i in group],
-                [jnp.asarray(scales[i], _sum_dtype(self.weights[i])) for i in group],
+                [numbers[i] for i in group],
                 [self.decays[i] for i in group],
                 rows=self.matrices[group[0]].projection.rows,
                 implementation=self.implementation,
@@ -176,6 +177,18 @@ class InPlaceStep(Step):
         return self.treedef.unflatten(
             [like_old(old, w) for old, w in zip(self.boxed_weights, values, strict=True)]
         )
+
+
+def _arrays(numbers: Mapping[int, tuple[Any, Any]]) -> dict[int, jax.Array]:
+    """Makes arrays of numbers and dtypes, the same of equal ones: kernels pass those once."""
+    made: dict[Hashable, jax.Array] = {}
+    out = {}
+    for i, (number, dtype) in numbers.items():
+        key = (number if isinstance(number, (int, float)) else id(number), dtype)
+        if key not in made:
+            made[key] = jnp.asarray(number, dtype)
+        out[i] = made[key]
+    return out
 
 
 def _sum_dtype(weight: jax.Array) -> Any:

@@ -259,31 +259,33 @@ def carry(
         return {k: jnp.zeros_like(values[k]) for k in touched}
     if not touched:
         return {}
-    rates, out = decays(), {}
-    for k in touched:
+    rates, out = decays(), dict[int, jax.Array]()
+    turns = {
+        leaf: linalg.split_einsum("...dr,...ds->...rs", new, old)
+        for leaf, (old, new) in bases.items()
+    }
+    # First moments first: second ones are carried with their help.
+    for k in sorted(touched, key=lambda k: found[k].kind != "first"):
         moment, value = found[k], values[k].astype(jnp.float32)
         if moment.kind == "keep" or moment.rank_axis is None:
             continue
-        old, new = bases[moment.leaf]
-        q = linalg.einsum("...dr,...ds->...rs", new, old)
+        q, axis = turns[moment.leaf], moment.rank_axis
+        partner = _partner(found, moment)
         if moment.kind == "first":
-            carried = _apply(q, value, moment.rank_axis)
+            out[k] = _apply(q, value, axis)
         elif moment.kind == "norm":
-            carried = jnp.sqrt(_apply(q * q, value * value, moment.rank_axis))
+            out[k] = jnp.sqrt(_apply(q * q, value * value, axis))
+        elif partner is None:
+            out[k] = _apply(q * q, value, axis)
         else:
-            carried = _apply(q * q, value, moment.rank_axis)
-            partner = _partner(found, moment)
-            if partner is not None:
-                mean = values[partner].astype(jnp.float32)
-                # Of bias-corrected moments V/c2 and M/c1, times c2 again:
-                # Q^2 V + c2 ((Q M/c1)^2 - Q^2 (M/c1)^2).
-                c1, c2 = (1.0 - rates[i] ** count for i in (partner, k))
-                mean = jnp.where(c1 > 0, mean / jnp.where(c1 > 0, c1, 1.0), 0.0)
-                spread = _apply(q, mean, moment.rank_axis) ** 2
-                spread = spread - _apply(q * q, mean * mean, moment.rank_axis)
-                carried = jnp.abs(carried + c2 * spread)
-        out[k] = carried.astype(values[k].dtype)
-    return out
+            # Of bias-corrected moments V/c2 and M/c1, times c2 again:
+            # Q^2 V + c2 ((Q M/c1)^2 - Q^2 (M/c1)^2).
+            c1, c2 = (1.0 - rates[i] ** count for i in (partner, k))
+            over = jnp.where(c1 > 0, c2 / jnp.where(c1 > 0, c1, 1.0) ** 2, 0.0)
+            mean = values[partner].astype(jnp.float32)
+            spread = _apply(q * q, value - over * mean * mean, axis)
+            out[k] = jnp.abs(spread + over * out[partner] ** 2)
+    return {k: x.astype(values[k].dtype) for k, x in out.items()}
 
 
 def _apply(q: jax.Array, value: jax.Array, rank_axis: int) -> jax.Array:
@@ -291,8 +293,8 @@ def _apply(q: jax.Array, value: jax.Array, rank_axis: int) -> jax.Array:
     if value.ndim == q.ndim - 1:
         return linalg.einsum("...rs,...s->...r", q, value)
     if rank_axis == -2:
-        return linalg.einsum("...rs,...sn->...rn", q, value)
-    return linalg.einsum("...rs,...ms->...mr", q, value)
+        return linalg.split_einsum("...rs,...sn->...rn", q, value)
+    return linalg.split_einsum("...ms,...rs->...mr", value, q)
 
 
 def _partner(found: Sequence[Moment], second: Moment) -> int | None:

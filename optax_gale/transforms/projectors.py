@@ -148,17 +148,13 @@ def _find(
 ) -> list[tuple[jax.Array, jax.Array]]:
     """New projectors of every leaf, and which of them ``(*batch,)`` may be used.
 
-    A gradient that is zero or not finite says nothing about its range. A sum tells: unlike a
-    maximum it cannot lose a NaN.
+    A gradient that is zero or not finite says nothing about its range.
     """
-    out = []
     found = range_finders.resolve(options.range_finder)(requests)
-    for request, new in zip(requests, found, strict=True):
-        size = jnp.sum(jnp.abs(request.g.astype(jnp.float32)), axis=(-2, -1))
-        usable = jnp.isfinite(size) & (size > 0) & jnp.isfinite(jnp.sum(new, axis=(-2, -1)))
-        old = request.previous
-        out.append((shardings.match(new.astype(old.dtype), old), usable))
-    return out
+    return [
+        (shardings.match(new.astype(request.previous.dtype), request.previous), usable)
+        for request, (new, usable) in zip(requests, found, strict=True)
+    ]
 
 
 class InnerMoments:

@@ -107,6 +107,25 @@ class Sketch:
         previous: Sequence[jax.Array],
     ) -> list[jax.Array]:
         """Finds the projectors of several leaves of one rank, which can be faster."""
+        return self._found(xs, rank, keys, previous, fallbacks=previous)
+
+    def usable(
+        self,
+        xs: Sequence[jax.Array],
+        *,
+        rank: int,
+        keys: Sequence[jax.Array],
+        previous: Sequence[jax.Array],
+    ) -> list[tuple[jax.Array, jax.Array]]:
+        """As `together`; tells also which projectors ``(*batch,)`` were found, without fallback."""
+        nothing = [jnp.full_like(p, jnp.nan) for p in previous]
+        ps = self._found(xs, rank, keys, previous, fallbacks=nothing)
+        found = [jnp.isfinite(jnp.sum(p, axis=(-2, -1))) for p in ps]
+        if self.sample_fraction < 1:  # what was not read may not be finite
+            found = [_says_something(x) & yes for x, yes in zip(xs, found, strict=True)]
+        return list(zip(ps, found, strict=True))
+
+    def _found(self, xs, rank, keys, previous, fallbacks):
         return linalg.range_finders(
             keys,
             xs,
@@ -116,7 +135,7 @@ class Sketch:
             power_iterations=self.power_iterations - int(self.warm_start),
             sketch=self.sketch,
             starts=previous if self.warm_start else None,
-            fallbacks=previous,
+            fallbacks=fallbacks,
             sample_fraction=self.sample_fraction,
             align=self.align,
         )
@@ -157,15 +176,17 @@ class Request(NamedTuple):
 
 def resolve(
     range_finder: RangeFinderName | RangeFinder,
-) -> Callable[[Sequence[Request]], list[jax.Array]]:
-    """Turns the `range_finder` option into a function of requests, which finds their projectors.
+) -> Callable[[Sequence[Request]], list[tuple[jax.Array, jax.Array]]]:
+    """Turns the `range_finder` option into a function of requests.
+
+    It finds their projectors, and tells which of them ``(*batch,)`` may be used.
 
     Raises:
       ValueError: if it is an unknown name.
       TypeError: if it is neither a name nor a callable.
     """
     if range_finder == "svd":
-        return lambda requests: [_svd(request) for request in requests]
+        return lambda requests: [_checked(_svd(request), request) for request in requests]
     if isinstance(range_finder, str):
         if range_finder not in _NAMED:
             raise ValueError(
@@ -179,7 +200,21 @@ def resolve(
         )
     if type(range_finder) is Sketch:  # a subclass may be called in its own way
         return functools.partial(_together, range_finder)
-    return lambda requests: [_one(range_finder, request) for request in requests]
+    return lambda requests: [_checked(_one(range_finder, request), request) for request in requests]
+
+
+def _checked(p: jax.Array, request: Request) -> tuple[jax.Array, jax.Array]:
+    """A projector, and whether it may be used."""
+    return p, _says_something(request.g) & jnp.isfinite(jnp.sum(p, axis=(-2, -1)))
+
+
+def _says_something(g: jax.Array) -> jax.Array:
+    """Whether gradients have a range ``(*batch,)``: they are finite and not zero.
+
+    A sum tells: unlike a maximum it cannot lose a NaN.
+    """
+    size = jnp.sum(jnp.abs(g.astype(jnp.float32)), axis=(-2, -1))
+    return jnp.isfinite(size) & (size > 0)
 
 
 def _svd(request: Request) -> jax.Array:
@@ -200,12 +235,12 @@ def _one(finder: RangeFinder, request: Request) -> jax.Array:
     return p
 
 
-def _together(sketch: Sketch, requests: Sequence[Request]) -> list[jax.Array]:
+def _together(sketch: Sketch, requests: Sequence[Request]) -> list[tuple[jax.Array, jax.Array]]:
     """Serves requests of one rank in one call."""
     out: list[Any] = [None] * len(requests)
     for rank in dict.fromkeys(request.rank for request in requests):
         places = [i for i, request in enumerate(requests) if request.rank == rank]
-        found = sketch.together(
+        found = sketch.usable(
             [_oriented(requests[i]) for i in places],
             rank=rank,
             keys=[requests[i].key for i in places],

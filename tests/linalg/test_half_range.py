@@ -13,6 +13,7 @@ from spectra import RANK, decays, orthogonality_error, sine, with_spectrum
 
 from optax_gale.linalg import (
     _half_range,
+    _split,
     captured_energy,
     random_range,
     range_finder,
@@ -34,13 +35,13 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 @pytest.fixture(autouse=True)
 def tensor_cores(monkeypatch):
     """Takes the device for one that has them."""
-    monkeypatch.setattr(_half_range, "is_fast", lambda: True)
+    monkeypatch.setattr(_split, "is_fast", lambda: True)
 
 
 def slow(monkeypatch, *args, **options):
     """What every other device does."""
     with monkeypatch.context() as patch:
-        patch.setattr(_half_range, "is_fast", lambda: False)
+        patch.setattr(_split, "is_fast", lambda: False)
         return range_finder(*args, **options)
 
 
@@ -264,3 +265,14 @@ def test_tall_products_are_half_precision():
 def test_subspaces_stay_in_the_range():
     g = jnp.asarray(with_spectrum(np.ones(5), M, N), jnp.bfloat16)
     assert sine(range_finder(KEY, g, 5), range_finder(KEY, g.astype(jnp.float32), 5)) < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "n", "rank"), [(4096, 4096, 128), (11008, 4096, 1024), (70, 50, 16)])
+def test_orthonormal_on_a_gpu(m, n, rank):
+    """At the sizes where what tensor cores cut off, and what compilers do not round, shows."""
+    a, b = jax.random.normal(KEY, (2, m, 64)), jax.random.normal(jax.random.key(1), (2, n, 64))
+    noise = jax.random.normal(jax.random.key(2), (2, m, n))
+    g = (a * 2.0 ** -jnp.arange(64)) @ jnp.swapaxes(b, -1, -2) + 1e-3 * noise
+    p = jax.jit(range_finder, static_argnums=2)(KEY, g.astype(jnp.bfloat16), rank)
+    assert orthogonality_error(np.asarray(p)).max() < TOLERANCE

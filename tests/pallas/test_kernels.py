@@ -37,6 +37,8 @@ LLAMA = [
 ]
 ODD = [((3, 129, 257), 16, 2), ((1, 2, 40, 72), 8, 1), ((250, 130), 64, 5), ((66, 34), 33, 1)]
 TOLERANCE = {"bfloat16": 4e-3, "float16": 6e-4, "float32": 2e-6}
+# Tensor cores cut off what they add: sums come out short by this much of themselves a term.
+CUT_OFF = 1.2e-9
 
 
 def apply(problem, implementation, scale=-0.5, decay=-0.01):
@@ -100,9 +102,10 @@ def check(problem, implementation):
     for found, reference in zip(updates, references[0], strict=True):
         assert found.dtype == dtype
         assert error(found, reference) < TOLERANCE[dtype]
+    terms = problem.projectors[0].shape[-2]
     for found, reference in zip(moments, references[1], strict=True):
         for x, y in zip(found, reference, strict=True):
-            assert error(x, y) < TOLERANCE[x.dtype.name]
+            assert error(x, y) < TOLERANCE[x.dtype.name] + CUT_OFF * terms
     return programs
 
 
@@ -274,3 +277,12 @@ def test_backends_are_imported_when_they_are_wanted():
     subprocess.run([sys.executable, "-c", program], check=True)
     problem = dispatch.Problem(**entry({})["problem"])  # of a kernel that nobody has
     assert "does not have what it needs" in dispatch.refusal(problem, "triton")
+
+
+def test_scalars_that_leaves_share_are_one_set():
+    x, y = jnp.float32(1), jnp.float32(1)
+    assert len(dispatch.one_for_all([(x, y), (x, y)])) == 1
+    assert len(dispatch.one_for_all([(x, y), (y, y)])) == 2
+    assert dispatch.one_for_each([[x]], 3) == [[x]] * 3
+    assert dispatch.one_for_each([[x], [y]], 2) == [[x], [y]]
+    assert dispatch.one_for_all([[], []]) == [[]]

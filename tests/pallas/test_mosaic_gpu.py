@@ -51,8 +51,7 @@ def check_apply(problem, plan):
         problem.weights,
         problem.projectors,
         problem.updates,
-        [jnp.float32(x) for x in scales],
-        [jnp.float32(x) for x in decays],
+        [[jnp.float32(x) for x in pair] for pair in zip(scales, decays, strict=True)],
         rows=problem.rows,
         plan=plan,
         interpret=interpreter(),
@@ -175,7 +174,7 @@ def test_lowers_for_cuda_in_place(shape, rank, leaves, rows):
     text = lower(
         functools.partial(back_project_apply.back_project_apply, rows=rows),
         *(matrices, projectors, [half(*inner) for _ in matrices]),
-        *([scalar] * leaves, [scalar] * leaves),
+        [[scalar] * 2 for _ in matrices],
         donated=0,
     )
     assert text.count("@mosaic_gpu_v2") == 1

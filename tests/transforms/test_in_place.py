@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import optax_gale
+from optax_gale.pallas import dispatch
 from optax_gale.transforms import in_place
 
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 10)
@@ -105,6 +106,19 @@ def test_without_kernels_it_is_update_and_apply_updates():
     tx = gale(optax.adamw(1e-2, weight_decay=0.1))
     expected = train(in_two_calls, tx)
     chex.assert_trees_all_close(train(optax_gale.update_and_apply, tx), expected, atol=2e-6)
+
+
+def test_leaves_share_their_scalars(kernels, monkeypatch):
+    """Kernels then read a few numbers, not a few for each of hundreds of leaves."""
+    sets = []
+    merge = dispatch.one_for_all
+    monkeypatch.setattr(
+        dispatch, "one_for_all", lambda rows: sets.append(len(rows := merge(rows))) or rows
+    )
+    params = {name: w for name, w in draw(0).items() if name in ("wide", "also_wide")}
+    train(optax_gale.update_and_apply, gale(ELEMENTWISE["injected"]), params=params)
+    assert kernels == [2]
+    assert sets == [1, 1]
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -52,7 +53,8 @@ def back_project_apply(
     """
     chosen = choose(weights, projectors, rows=rows, implementation=implementation)
     backend = dispatch.backend("back_project_apply", chosen)
-    arguments = [list(x) for x in (weights, projectors, updates, scales, decays)]
+    scalars = dispatch.one_for_all(list(zip(scales, decays, strict=True)))
+    arguments: list[Any] = [list(weights), list(projectors), list(updates), scalars]
     by_xla = functools.partial(xla.back_project_apply, rows=rows)
     if chosen == "xla":
         return by_xla(*arguments)

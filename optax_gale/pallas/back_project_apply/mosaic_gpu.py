@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from optax_gale.pallas import _mosaic_gpu as mosaic
 from optax_gale.pallas._mosaic_gpu import WIDTH, Ring
-from optax_gale.pallas.dispatch import Problem
+from optax_gale.pallas.dispatch import Problem, one_for_each
 
 refusal = mosaic.refusal
 
@@ -62,35 +62,30 @@ def back_project_apply(
     weights: Sequence[jax.Array],
     projectors: Sequence[jax.Array],
     updates: Sequence[jax.Array],
-    scales: Sequence[jax.Array],
-    decays: Sequence[jax.Array],
+    scalars: Sequence[Sequence[jax.Array]],
     *,
     rows: bool,
     plan: Plan | None = None,
     interpret: Any = None,
 ) -> list[jax.Array]:
-    """See `optax_gale.pallas.back_project_apply`.
+    """See `optax_gale.pallas.back_project_apply`; ``scalars`` are scale and decay.
 
     ``plan`` overrides the tiling, ``interpret`` runs the kernel on a CPU.
     """
     out: list[jax.Array] = []
+    scalars = one_for_each(scalars, len(weights))
     for start in range(0, len(weights), mosaic.MAX_LEAVES):
         group = slice(start, start + mosaic.MAX_LEAVES)
         out += _launch(
             weights[group],
             projectors[group],
             updates[group],
-            _numbers(scales[group], decays[group]),
+            jnp.stack([jnp.stack([jnp.float32(x) for x in pair]) for pair in scalars[group]]),
             rows=rows,
             plan=plan,
             interpret=interpret,
         )
     return out
-
-
-def _numbers(scales: Sequence[Any], decays: Sequence[Any]) -> jax.Array:
-    pairs = zip(scales, decays, strict=True)
-    return jnp.stack([jnp.stack([jnp.float32(x) for x in pair]) for pair in pairs])
 
 
 def _launch(

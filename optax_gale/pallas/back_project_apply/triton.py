@@ -46,7 +46,7 @@ def choose_tile(problem: Problem, capability: tuple[int, int]) -> Tile:
     if capability < (9, 0):
         return Tile(128, 64, 32, 4, 3) if few else Tile(128, 128, 32, 8, 3)
     if problem.rank > 128:
-        return Tile(128, 256, 64, 8, 3)
+        return Tile(128, 256, 64, 8, 4)
     if few:
         return Tile(64, 64, 64, 4, 3)
     return Tile(64, 256, max(16, _triton.power_of_two(problem.rank)), 4, 3, 16)
@@ -56,20 +56,23 @@ def back_project_apply(
     weights: Sequence[jax.Array],
     projectors: Sequence[jax.Array],
     updates: Sequence[jax.Array],
-    scales: Sequence[jax.Array],
-    decays: Sequence[jax.Array],
+    scalars: Sequence[Sequence[jax.Array]],
     *,
     rows: bool,
     tile: Tile | None = None,
 ) -> list[jax.Array]:
-    """See `optax_gale.pallas.back_project_apply`; ``tile`` overrides the chosen one."""
+    """See `optax_gale.pallas.back_project_apply`; ``tile`` overrides the chosen one.
+
+    ``scalars`` are scale and decay.
+    """
     problem = Problem.of("back_project_apply", weights, projectors, rows=rows)
     tile = tile or choose_tile(problem, _triton.capability())
-    dtype, left, right = problem.dtype, projectors, updates
+    left = _triton.rounded(projectors, problem)
+    right = [u.astype(problem.dtype) for u in updates]
     transposed = not rows
     if not rows:
         left, right = right, left
-    elif problem.n % _triton.vector(dtype):
+    elif problem.n % _triton.vector(problem.dtype):
         # Its rows are not aligned, its columns are, and it is small beside the weight.
         right, transposed = [x.mT for x in right], True
     tall, wide, programs = _tiles(problem, tile)
@@ -81,11 +84,11 @@ def back_project_apply(
             body,
             programs,
             inputs={
-                "left": [x.astype(dtype) for x in left[leaves]],
-                "right": [x.astype(dtype) for x in right[leaves]],
+                "left": left[leaves],
+                "right": right[leaves],
             },
             donated={"weight": weights[leaves]},
-            scalars=list(zip(scales[leaves], decays[leaves], strict=True)),
+            scalars=scalars[leaves] if len(scalars) > 1 else scalars,
             warps=tile.warps,
             stages=tile.stages,
         )["weight"]
@@ -206,8 +209,9 @@ def _body(problem: Problem, tile: Tile, transposed: bool, tall: int, wide: int) 
         step = tl.zeros((BM, BN), tl.float32)
         for start in range(0, R, BK):
             k = start + tl.arange(0, BK)
-            a = load_left(left, left_row, k)
-            step = tl.dot(a, load_right(right, column, k), step, input_precision="ieee")
+            a = load_left(left, left_row, k).to(old.dtype)
+            b = load_right(right, column, k).to(old.dtype)
+            step = tl.dot(a, b, step, input_precision="ieee")
         store_weight(cells, old, step, scale, decay, row, j, shift)
 
     @triton.jit
@@ -228,13 +232,14 @@ def _body(problem: Problem, tile: Tile, transposed: bool, tall: int, wide: int) 
         weight = results[0] + matrix * (M * N) + lead + j * BN
         offsets = tl.arange(0, BM)[:, None] * (PERIOD * N) + tl.arange(0, BN)[None, :]
         k = tl.arange(0, BK)
-        panel = load_right(right + matrix * (N * R), column, k)
+        panel = load_right(right + matrix * (N * R), column, k).to(results[0].dtype.element_ty)
         for i in tl.range(first, tl.minimum(first + WALK, DOWN), num_stages=STAGES):
             row = i * BM + tl.arange(0, BM)
             cells = weight + tl.cast(i * BM, tl.int64) * (PERIOD * N) + offsets
             old = load_weight(cells, row, j, shift)
             left_row = phase + (row if EVEN_M else tl.minimum(row, ROWS - 1)) * PERIOD
-            step = tl.dot(load_left(left, left_row, k), panel, input_precision="ieee")
+            a = load_left(left, left_row, k).to(old.dtype)
+            step = tl.dot(a, panel, input_precision="ieee")
             store_weight(cells, old, step, scale, decay, row, j, shift)
 
     return one_panel if tile.walk else one_tile

@@ -7,20 +7,21 @@ import jax
 import jax.numpy as jnp
 
 from optax_gale._products import einsum, operand
+from optax_gale.pallas.dispatch import one_for_each
 
 
 def back_project_apply(
     weights: Sequence[jax.Array],
     projectors: Sequence[jax.Array],
     updates: Sequence[jax.Array],
-    scales: Sequence[jax.Array],
-    decays: Sequence[jax.Array],
+    scalars: Sequence[Sequence[jax.Array]],
     *,
     rows: bool,
 ) -> list[jax.Array]:
-    """See `optax_gale.pallas.back_project_apply`."""
+    """See `optax_gale.pallas.back_project_apply`; ``scalars`` are scale and decay."""
     out = []
-    for w, p, u, scale, decay in zip(weights, projectors, updates, scales, decays, strict=True):
+    scalars = one_for_each(scalars, len(weights))
+    for w, p, u, (scale, decay) in zip(weights, projectors, updates, scalars, strict=True):
         wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
         step = back_project(p, u, rows=rows, dtype=w.dtype)
         out.append((wide + decay * wide + scale * step).astype(w.dtype))

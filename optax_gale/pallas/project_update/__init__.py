@@ -62,8 +62,8 @@ def project_update(
     chosen = choose(gradients, projectors, rows=rows, implementation=implementation)
     backend = dispatch.backend("project_update", chosen)
     options: dict[str, Any] = {"inner": inner, "rows": rows, "update_dtype": update_dtype}
-    nested = [[list(x) for x in lists] for lists in (moments, scalars)]
-    arguments = [list(gradients), list(projectors), *nested]
+    moments = [list(x) for x in moments]
+    arguments = [list(gradients), list(projectors), moments, dispatch.one_for_all(scalars)]
     by_xla = functools.partial(xla.project_update, **options)
     if chosen == "xla":
         return by_xla(*arguments)

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from optax_gale.pallas import _mosaic_gpu as mosaic
 from optax_gale.pallas._mosaic_gpu import WIDTH, Ring
-from optax_gale.pallas.dispatch import Problem
+from optax_gale.pallas.dispatch import Problem, one_for_each
 from optax_gale.pallas.elementwise import Elementwise
 from optax_gale.pallas.project_update._lowerable import lowerable
 
@@ -78,6 +78,7 @@ def project_update(
 
     ``plan`` overrides the tiling, ``interpret`` runs the kernel on a CPU.
     """
+    scalars = one_for_each(scalars, len(gradients))
     updates: list[jax.Array] = []
     new: list[tuple[jax.Array, ...]] = []
     for start in range(0, len(gradients), mosaic.MAX_LEAVES):

@@ -73,11 +73,18 @@ def project_update(
     numbers = [jnp.asarray(x).dtype for x in scalars[0]]
     dtypes = (jnp.float32, *(x.dtype for x in moments[0]), *numbers)
     tall, wide, programs = _tiles(problem, tile)
+    stride = n
+    if rows and n % _triton.vector(problem.dtype):
+        # Rows that start anywhere are copied element by element, and every program would; a copy
+        # whose rows are aligned costs one pass.
+        stride = -(-n // _triton.vector(problem.dtype)) * _triton.vector(problem.dtype)
+        gradients = [_padded(g, stride) for g in gradients]
     body = _body(
         problem._replace(leaves=1),
         tile,
         tall,
         wide,
+        stride,
         epilogue.inner_source(inner, dtypes),
         epilogue.finish_source(inner, numbers),
     )
@@ -89,11 +96,11 @@ def project_update(
             body,
             programs,
             inputs={
-                "projector": [p.astype(problem.dtype) for p in projectors[leaves]],
+                "projector": _triton.rounded(projectors[leaves], problem),
                 "gradient": gradients[leaves],
             },
             donated={name: [x[i] for x in moments[leaves]] for i, name in enumerate(names)},
-            scalars=scalars[leaves],
+            scalars=scalars[leaves] if len(scalars) > 1 else scalars,
             fresh={"update": [shape for _ in gradients[leaves]]},
             warps=tile.warps,
             stages=tile.stages,
@@ -101,6 +108,11 @@ def project_update(
         updates += out["update"]
         new += [tuple(out[name][i] for name in names) for i in range(len(out["update"]))]
     return updates, new
+
+
+def _padded(g: jax.Array, length: int) -> jax.Array:
+    """Zeros behind the rows, up to a length."""
+    return jnp.pad(g, [(0, 0)] * (g.ndim - 1) + [(0, length - g.shape[-1])])
 
 
 def _tiles(problem: Problem, tile: Tile) -> tuple[int, int, int]:
@@ -114,7 +126,13 @@ def _tiles(problem: Problem, tile: Tile) -> tuple[int, int, int]:
 
 @functools.cache
 def _body(
-    problem: Problem, tile: Tile, tall: int, wide: int, inner_source: str, finish_source: str
+    problem: Problem,
+    tile: Tile,
+    tall: int,
+    wide: int,
+    stride: int,
+    inner_source: str,
+    finish_source: str,
 ) -> Any:
     """What a program does, for `_triton.call`."""
     import triton
@@ -125,6 +143,7 @@ def _body(
     M, N, R = (tl.constexpr(x) for x in (problem.m, problem.n, problem.rank))
     SIDE, RANK, DEPTH = (tl.constexpr(x) for x in tile[:3])
     PERIOD, VECTOR, PARTS = (tl.constexpr(x) for x in (period, vector, tile.parts))
+    STRIDE = tl.constexpr(stride)  # of the gradient's rows
     TALL, WIDE, ROWS = (tl.constexpr(x) for x in (tall, wide, problem.m // period))
     LINES = RANK if problem.rows else SIDE
     EVEN_R = tl.constexpr(problem.rank % tile.rank == 0)
@@ -173,20 +192,21 @@ def _body(
         column = j * SIDE + tl.arange(0, SIDE)
         k = tl.arange(0, DEPTH)
         p_cells = projector + matrix * (M * R) + r[:, None] + k[None, :] * R
-        g_cells = gradient + matrix * (M * N) + k[:, None] * N + column[None, :]
+        g_cells = gradient + matrix * (M * STRIDE) + k[:, None] * STRIDE + column[None, :]
         p_mask = None if EVEN_R else (r < R)[:, None]
-        g_mask = None if EVEN_N else (column < N)[None, :]
+        # Up to the end of the last vector: columns outside the matrix are not stored.
+        g_mask = None if EVEN_N else (column < STRIDE)[None, :]
         tile = tl.zeros((RANK, SIDE), tl.float32)
         for _ in range(0, M // DEPTH):
-            p = tl.load(p_cells, mask=p_mask)
             g = tl.load(g_cells, mask=g_mask)
+            p = tl.load(p_cells, mask=p_mask).to(g.dtype)
             tile = tl.dot(p, g, tile, input_precision="ieee")
             p_cells += DEPTH * R
-            g_cells += DEPTH * N
+            g_cells += DEPTH * STRIDE
         if M % DEPTH != 0:
             rest = k < M % DEPTH
-            p = tl.load(p_cells, mask=(r < R)[:, None] & rest[None, :], other=0.0)
-            g = tl.load(g_cells, mask=rest[:, None] & (column < N)[None, :], other=0.0)
+            g = tl.load(g_cells, mask=rest[:, None] & (column < STRIDE)[None, :], other=0.0)
+            p = tl.load(p_cells, mask=(r < R)[:, None] & rest[None, :], other=0.0).to(g.dtype)
             tile = tl.dot(p, g, tile, input_precision="ieee")
 
         base = matrix * (R * N) + i.to(tl.int64) * (RANK * N)
@@ -204,7 +224,7 @@ def _body(
         g_mask = (place < tl.cdiv(shift + N, VECTOR) * VECTOR)[None, :]
         g = tl.load(g_cells + place[None, :], mask=g_mask, other=0.0)
         g = tl.where(inside[None, :], g, 0.0)
-        return tl.dot(g, p, tile, input_precision="ieee")
+        return tl.dot(g, p.to(g.dtype), tile, input_precision="ieee")
 
     @triton.jit
     def project_columns(projector, gradient, results, numbers, program):
@@ -233,8 +253,9 @@ def _body(
         ps = p_cells + (first * DEPTH - shift + k)[:, None] * R
         gs = g_cells + first * DEPTH + k[None, :]
         for _ in range(first, last):
-            p = tl.load(ps, mask=p_mask)
-            tile = tl.dot(tl.load(gs), p, tile, input_precision="ieee")
+            g = tl.load(gs)
+            p = tl.load(ps, mask=p_mask).to(g.dtype)
+            tile = tl.dot(g, p, tile, input_precision="ieee")
             ps += DEPTH * R
             gs += DEPTH
         if PERIOD != 1 or N % DEPTH != 0:

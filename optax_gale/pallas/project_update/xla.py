@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from optax_gale._products import einsum, operand
+from optax_gale.pallas.dispatch import one_for_each
 from optax_gale.pallas.elementwise import Elementwise
 
 
@@ -21,6 +22,7 @@ def project_update(
 ) -> tuple[list[jax.Array], list[tuple[jax.Array, ...]]]:
     """See `optax_gale.pallas.project_update`."""
     updates, new = [], []
+    scalars = one_for_each(scalars, len(gradients))
     for g, p, old, numbers in zip(gradients, projectors, moments, scalars, strict=True):
         u, *changed = inner([project(g, p, rows=rows), *old], numbers)
         updates.append(u.astype(update_dtype))
