@@ -32,6 +32,7 @@ from benchmarks.gpu.arms import (
     FORCED,
     GALE,
     GAP,
+    KEPT,
     LEARNING_RATE,
     SCALE,
     TORCH,
@@ -61,7 +62,8 @@ class Config:
     cases: tuple[str, ...] = CASES
     """Models and ranks, the most important first."""
     only: tuple[Part, ...] = ("ordinary", "refresh", "rivals", "svd", "spread")
-    """ordinary: steps that keep their projectors. refresh: steps that refresh all. rivals:
+    """ordinary: steps that keep their projectors. refresh: steps that refresh all, with the
+    moments carried over and without. rivals:
     optax.contrib.galore's and galore-torch's ordinary step. svd: what their refresh consists of.
     spread: the times of single steps. profile: the kernels of a step."""
     arms: tuple[str, ...] = tuple(arm for arm in ARMS if arm not in (CONTRIB, *FORCED))
@@ -145,7 +147,9 @@ class Bench:
                 mine = {**key, "rank": case.rank if arm.low_rank else None}
                 yield {"part": part, **mine, "arm": name}, _bound(job, case, arm)
         if "refresh" in self.config.only:
-            yield {"part": "refresh", **key, "arm": GALE}, _bound(self.refresh, case)
+            for name in (GALE, KEPT):
+                row = {"part": "refresh", **key, "arm": name}
+                yield row, _bound(self.refresh, case, ARMS[name])
 
     def _rival_jobs(self, case: Case) -> Iterator[tuple[Row, Callable[[], Row]]]:
         key = {"size": case.size, "rank": case.rank}
@@ -217,9 +221,9 @@ class Bench:
         times, peak = galore.ordinary_times(*inputs.copies(), settings, seconds=self.config.seconds)
         return self._scaled(inputs, _summary(times), None, peak)
 
-    def refresh(self, case: Case) -> Row:
+    def refresh(self, case: Case, arm: Arm) -> Row:
         """A step that refreshes all projectors, and how orthonormal they are then."""
-        inputs, arm, tx = self.inputs(case), ARMS[GALE], ARMS[GALE].make(case.rank)
+        inputs, tx = self.inputs(case), arm.make(case.rank)
         carry = (inputs.take(), data.state(jax.eval_shape(tx.init, inputs.shapes), seed=2))
         loops = min(5, self._loops(inputs))
         program = timing.compiled(arm.step(tx, refresh=True), carry, inputs.grads, loops=loops)

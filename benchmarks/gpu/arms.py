@@ -95,6 +95,7 @@ def _half(rank: int) -> optax.GradientTransformation:
 
 
 GALE = "GALE"
+KEPT = "GALE, moments kept"
 ADAMW = "AdamW, f32 states"
 CONTRIB = "optax.contrib.galore"
 TORCH = "galore-torch"
@@ -109,12 +110,13 @@ ARMS: dict[str, Arm] = {
     "AdamW, bf16 states": Arm(lambda _: adamw(), low_rank=False, gale=False),
     "GALE, triton": Arm(gale, in_place=True, implementation="triton"),
     "GALE, mosaic_gpu": Arm(gale, in_place=True, implementation="mosaic_gpu"),
+    KEPT: Arm(lambda rank: gale(rank, moments="keep"), in_place=True),
     CONTRIB: Arm(contrib_galore, gale=False),
 }
 """The most important first. galore-torch is a rival too, but not one of JAX's."""
 
-FORCED = ("GALE, triton", "GALE, mosaic_gpu")
-"""Arms that are measured only when asked for."""
+FORCED = ("GALE, triton", "GALE, mosaic_gpu", KEPT)
+"""Arms whose ordinary steps are measured only when asked for."""
 
 XLA_FORMS = {
     GALE: ("GALE, XLA", "GALE, XLA, two calls"),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.gpu.arms import ADAMW, ARMS, CONTRIB, GALE, GAP, TORCH, XLA_FORMS
+from benchmarks.gpu.arms import ADAMW, ARMS, CONTRIB, GALE, GAP, KEPT, TORCH, XLA_FORMS
 from benchmarks.gpu.store import Row, provenance
 from examples.flax_llama.tables import markdown as table
 
@@ -144,27 +144,30 @@ def ordinary(measured: Measured, size: str, rank: int) -> str:
 
 
 def refreshes(measured: Measured) -> str | None:
-    """What a refresh costs, beside the SVDs that it replaces."""
+    """What a refresh costs, beside the SVDs that its projectors replace."""
     lines = []
     for size, rank in measured.cases("refresh"):
         row = measured.row("refresh", size, rank, GALE)
         if row is None:
             continue
-        refresh = _minus(row["ms"], measured.value("ordinary", size, rank, GALE))
+        step = measured.value("ordinary", size, rank, GALE)
+        projectors = _minus(measured.value("refresh", size, rank, KEPT), step)
         svds = [measured.value("svd", size, None, arm) for arm in (CONTRIB, TORCH)]
         lines.append(
             [
                 _name(size, rank),
-                number(refresh) + _mark(row),
-                number(row["ms"]),
+                number(projectors) + _mark(row),
+                number(_minus(row["ms"], step)) + _mark(row),
+                number(row["ms"]) + _mark(row),
                 f"{row['orthogonality']:.1e}",
                 *(number(svd) + ("†" if svd else "") for svd in svds),
-                *(number(_ratio(svd, refresh)) for svd in svds),
+                *(number(_ratio(svd, projectors)) for svd in svds),
                 number(_ratio(row.get("peak_bytes"), _GIB)),
             ]
         )
-    header = ["", "refresh", "step with it", "max \\|PᵀP − I\\|", "SVDs, JAX", "SVDs, torch"]
-    header += ["JAX / refresh", "torch / refresh", "peak memory, GiB"]
+    header = ["", "projectors", "and moments", "step with both", "max \\|PᵀP − I\\|"]
+    header += ["SVDs, JAX", "SVDs, torch", "JAX / projectors", "torch / projectors"]
+    header += ["peak memory, GiB"]
     return table(header, lines) if lines else None
 
 
@@ -271,8 +274,9 @@ def _refresh_targets(measured: Measured) -> list[list[str]]:
         what = f"refresh, {_name(size, rank)}"
         goal = {("7b", 128): 20.0, ("7b", 1024): 200.0}.get((size, rank))
         if goal is not None:
-            took = _minus(row["ms"], measured.value("ordinary", size, rank, GALE))
-            lines.append(_at_most(f"{what}: ms", took, goal))
+            step = measured.value("ordinary", size, rank, GALE)
+            took = _minus(measured.value("refresh", size, rank, KEPT), step)
+            lines.append(_at_most(f"{what}: ms for the projectors", took, goal))
         lines.append(_at_most(f"{what}: max \\|PᵀP − I\\|", row["orthogonality"], 1e-5))
     return lines
 

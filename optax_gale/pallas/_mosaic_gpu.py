@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from optax_gale.pallas.dispatch import Problem, capability
+from optax_gale.pallas.dispatch import Problem, capability, problems
 
 # Rows of a block: the most that one swizzled row holds.
 ROW_BYTES = 128
@@ -19,12 +19,23 @@ ROW_BYTES = 128
 WIDTH = 64
 # Leaves of a launch: each takes a few copy descriptors, and the time to compile the launch grows
 # with the square of their number.
-MAX_LEAVES = 8
+_MAX_LEAVES = 8
 # Copy descriptors need rows that start at multiples of this.
 _ALIGNMENT_BYTES = 16
 _PRODUCER_REGISTERS = 40
 _SM_REGISTERS = 65536
 _WARPGROUP = 128
+
+
+def launches(
+    kernel: str, matrices: Sequence[Any], projectors: Sequence[Any], rows: Sequence[bool]
+) -> list[list[int]]:
+    """Which stacks a launch serves: stacks that are alike, and not too many."""
+    return [
+        where[i : i + _MAX_LEAVES]
+        for _, where in problems(kernel, matrices, projectors, rows)
+        for i in range(0, len(where), _MAX_LEAVES)
+    ]
 
 
 def refusal(problem: Problem) -> str | None:

@@ -9,8 +9,9 @@ import functools
 import importlib.util
 import linecache
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,8 @@ from optax_gale.pallas.dispatch import Problem
 
 # Pointers that one launch takes: each is 8 bytes, and all arguments of a kernel fit in 4 KiB.
 MOST_POINTERS = 400
-# Elements of a stack from which rounding its projector before the kernel costs less than reading
-# it in float32.
-_ROUNDED_BEFORE = 2**22
+# Elements of a stack from which a launch, to round its projector, say, costs less than it saves.
+_WORTH_A_LAUNCH = 2**22
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -72,9 +72,14 @@ def alignment(m: int, n: int, dtype: Any) -> tuple[int, int]:
     return (period, width) if m % period == 0 else (1, 1)
 
 
+def is_small(problem: Problem) -> bool:
+    """Whether stacks take less time than what is done to launch something for each of them."""
+    return problem.batch * problem.m * problem.n < _WORTH_A_LAUNCH
+
+
 def rounded(projectors: Sequence[jax.Array], problem: Problem) -> list[jax.Array]:
-    """Projectors as a kernel takes them: rounded, or to be rounded in it if a launch costs more."""
-    if problem.batch * problem.m * problem.n < _ROUNDED_BEFORE:
+    """Projectors as a kernel takes them: rounded, or to be rounded in it if they are small."""
+    if is_small(problem):
         return list(projectors)
     return [p.astype(problem.dtype) for p in projectors]
 
@@ -84,62 +89,127 @@ def power_of_two(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
 
-def launches(leaves: int, pointers: int) -> list[slice]:
-    """Cuts a group into launches, given the pointers that a leaf needs."""
-    size = MOST_POINTERS // pointers
-    return [slice(i, min(i + size, leaves)) for i in range(0, leaves, size)]
+class Part(NamedTuple):
+    """Leaves that are alike, and what is done to each of them.
 
-
-def call(
-    name: str,
-    body: Any,
-    programs: int,
-    *,
-    inputs: Mapping[str, Sequence[jax.Array]],
-    donated: Mapping[str, Sequence[jax.Array]],
-    scalars: Sequence[Sequence[Any]],
-    fresh: Mapping[str, Sequence[jax.ShapeDtypeStruct]] | None = None,
-    warps: int,
-    stages: int,
-) -> dict[str, list[jax.Array]]:
-    """Runs a body on every leaf of a group, in one launch.
-
-    Args:
-      name: of the launch, for profiles.
+    Attributes:
       body: Triton function of the inputs' pointers, a tuple of the results', a pointer to the
         leaf's scalars in float32, and the number of the program within the leaf.
       programs: programs that serve one leaf.
       inputs: arrays that are only read, for every leaf.
       donated: arrays that are overwritten, for every leaf.
-      scalars: scalars of every leaf, or once those that all have.
       fresh: arrays that are made, for every leaf.
+      scalars: scalars of every leaf, or once those that all have.
       warps: warps of a program.
       stages: stages of its pipelines.
+      alone: whether it is worth a launch of its own.
+    """
+
+    body: Any
+    programs: int
+    inputs: Mapping[str, Sequence[jax.Array]]
+    donated: Mapping[str, Sequence[jax.Array]]
+    fresh: Mapping[str, Sequence[jax.ShapeDtypeStruct]]
+    scalars: Sequence[Sequence[Any]]
+    warps: int
+    stages: int
+    alone: bool
+
+    @property
+    def leaves(self) -> int:
+        """How many there are."""
+        return len(next(iter(self.inputs.values())))
+
+    @property
+    def pointers(self) -> int:
+        """Pointers that a leaf needs: what is donated is a result, too."""
+        return len(self.inputs) + 2 * len(self.donated) + len(self.fresh)
+
+    def cut(self, start: int, stop: int) -> "Part":
+        """Some of its leaves."""
+        some = lambda lists: {name: xs[start:stop] for name, xs in lists.items()}
+        scalars = self.scalars if len(self.scalars) == 1 else self.scalars[start:stop]
+        return self._replace(
+            inputs=some(self.inputs),
+            donated=some(self.donated),
+            fresh=some(self.fresh),
+            scalars=scalars,
+        )
+
+
+def launches(parts: Sequence[Part]) -> list[list[tuple[int, int, int]]]:
+    """Which leaves a launch serves: number of the part, first and last leaf of it, exclusive.
+
+    Small parts share launches, each of which costs the host as much time as such parts take.
+    """
+    out: list[list[tuple[int, int, int]]] = []
+    open_ones: dict[tuple[int, int], tuple[list[tuple[int, int, int]], int]] = {}
+    for number, part in enumerate(parts):
+        start = 0
+        while start < part.leaves:
+            kind = (part.warps, part.stages)
+            launch, room = open_ones.get(kind, ([], 0)) if not part.alone else ([], 0)
+            if room < part.pointers:
+                launch, room = [], MOST_POINTERS
+                out.append(launch)
+            stop = min(part.leaves, start + room // part.pointers)
+            launch.append((number, start, stop))
+            if not part.alone:
+                open_ones[kind] = (launch, room - (stop - start) * part.pointers)
+            start = stop
+    return out
+
+
+def call(name: str, parts: Sequence[Part]) -> list[dict[str, list[jax.Array]]]:
+    """Runs the body of each part on its leaves, in as few launches as pay.
+
+    Args:
+      name: of the launches, for profiles.
+      parts: the parts, whose inputs, donated and fresh arrays have the same names and dtypes.
 
     Returns:
-      The fresh arrays and what became of the donated ones.
+      For each part the fresh arrays and what became of the donated ones.
     """
+    out: list[dict[str, list[jax.Array]]] = [defaultdict(list) for _ in parts]
+    for launch in launches(parts):
+        pieces = [parts[number].cut(start, stop) for number, start, stop in launch]
+        for (number, _, _), found in zip(launch, _launch(name, pieces), strict=True):
+            for key, arrays in found.items():
+                out[number][key] += arrays
+    return out
+
+
+def _launch(name: str, parts: Sequence[Part]) -> list[dict[str, list[jax.Array]]]:
     import jax_triton
 
-    results: dict[str, Sequence[Any]] = {**(fresh or {}), **donated}
-    leaves = len(next(iter(results.values())))
-    numbers = len(scalars[0]) if len(scalars) > 1 else 0
-    kernel = _grouped(body, leaves, programs, numbers, *map(tuple, (inputs, donated, results)))
-    arrays = [x for group in (*inputs.values(), *donated.values()) for x in group]
+    joined = lambda lists: {name: [x for some in lists for x in some[name]] for name in lists[0]}
+    inputs, donated = joined([p.inputs for p in parts]), joined([p.donated for p in parts])
+    results: dict[str, list[Any]] = {**joined([p.fresh for p in parts]), **donated}
+    leaves = sum(part.leaves for part in parts)
+    scalars = dispatch.one_for_all(
+        [row for part in parts for row in dispatch.one_for_each(part.scalars, part.leaves)]
+    )
+    kernel = _grouped(
+        tuple((part.body, part.leaves, part.programs) for part in parts),
+        len(scalars[0]) if len(scalars) > 1 else 0,
+        *map(tuple, (inputs, donated, results)),
+    )
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for group in results.values() for x in group]
-    read, made = len(inputs) * leaves, len(fresh or {}) * leaves
-    out = jax_triton.triton_call(
-        *arrays,
+    read, made = len(inputs) * leaves, (len(results) - len(donated)) * leaves
+    found = jax_triton.triton_call(
+        *(x for group in (*inputs.values(), *donated.values()) for x in group),
         _packed(scalars),
         kernel=kernel,
         out_shape=shapes,
-        grid=(leaves * programs,),
+        grid=(sum(part.leaves * part.programs for part in parts),),
         name=name,
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=parts[0].warps,
+        num_stages=parts[0].stages,
         input_output_aliases={read + i: made + i for i in range(len(donated) * leaves)},
     )
-    return {key: out[i * leaves : (i + 1) * leaves] for i, key in enumerate(results)}
+    found = iter(found)
+    lists = {key: iter([next(found) for _ in range(leaves)]) for key in results}
+    return [{key: [next(xs) for _ in range(p.leaves)] for key, xs in lists.items()} for p in parts]
 
 
 def _packed(scalars: Sequence[Sequence[Any]]) -> jax.Array:
@@ -178,40 +248,54 @@ def compiled(name: str, source: str, names: Mapping[str, Any]) -> Any:
 
 @functools.cache
 def _grouped(
-    body: Any,
-    leaves: int,
-    programs: int,
+    parts: tuple[tuple[Any, int, int], ...],
     numbers: int,
     inputs: tuple[str, ...],
     donated: tuple[str, ...],
     results: tuple[str, ...],
 ) -> Any:
-    """The kernel of `call`: a body, with the pointers of the leaf that a program serves."""
-    source = _grouped_source(leaves, programs, numbers, inputs, donated, results)
-    return compiled("grouped", source, {"body": body})
+    """The kernel of a launch: bodies, with the pointers of the leaf that a program serves."""
+    counts = [(leaves, programs) for _, leaves, programs in parts]
+    source = _grouped_source(counts, numbers, inputs, donated, results)
+    return compiled("grouped", source, {f"body{i}": body for i, (body, _, _) in enumerate(parts)})
 
 
 def _grouped_source(
-    leaves: int,
-    programs: int,
+    parts: Sequence[tuple[int, int]],
     numbers: int,
     inputs: Sequence[str],
     donated: Sequence[str],
     results: Sequence[str],
 ) -> str:
-    """Its text; it takes every input's arrays, every donated one's, scalars, every result's."""
+    """Its text; it takes every input's arrays, every donated one's, scalars, every result's.
+
+    Args:
+      parts: leaves, and programs that serve each of them.
+      numbers: scalars from one leaf's to the next one's.
+      inputs: names of what is only read.
+      donated: names of what is overwritten.
+      results: names of what is made or overwritten.
+    """
     # A donated array's buffer is its result's: the kernel reads it there.
     names = [*inputs, *(f"old_{name}" for name in donated)]
-    parameters = [f"{name}{leaf}" for name in names for leaf in range(leaves)]
-    parameters += ["numbers", *(f"{name}{leaf}" for name in results for leaf in range(leaves))]
-    lines = [
-        f"def grouped({', '.join(parameters)}):",
-        "    program = tl.program_id(0)",
-        f"    leaf = program // {programs}",
-        *_choice((*inputs, *results), 0, leaves, "    "),
-        f"    body({', '.join(inputs)}, ({', '.join(results)},), numbers + leaf * {numbers}, "
-        f"program % {programs})",
-    ]
+    leaves = range(sum(count for count, _ in parts))
+    parameters = [f"{name}{leaf}" for name in names for leaf in leaves]
+    parameters += ["numbers", *(f"{name}{leaf}" for name in results for leaf in leaves)]
+    lines = [f"def grouped({', '.join(parameters)}):", "    program = tl.program_id(0)"]
+    first, begin = 0, 0
+    for i, (count, programs) in enumerate(parts):
+        indent = "    "
+        if len(parts) > 1:
+            test = f"{'elif' if i else 'if'} program < {begin + count * programs}"
+            lines.append(f"{indent}{test if i < len(parts) - 1 else 'else'}:")
+            indent += "    "
+        lines += [
+            f"{indent}leaf = {first} + (program - {begin}) // {programs}",
+            *_choice((*inputs, *results), first, first + count, indent),
+            f"{indent}body{i}({', '.join(inputs)}, ({', '.join(results)},), "
+            f"numbers + leaf * {numbers}, (program - {begin}) % {programs})",
+        ]
+        first, begin = first + count, begin + count * programs
     return "\n".join(lines) + "\n"
 
 

@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any, Literal, NamedTuple
@@ -55,6 +56,38 @@ class Problem(NamedTuple):
         dtype = jnp.dtype(matrices[0].dtype).name
         sharded = any(any(spec_of(x)) for x in (*matrices, *projectors))
         return cls(kernel, len(matrices), math.prod(batch), m, n, rank, rows, dtype, sharded)
+
+
+def for_each(rows: bool | Sequence[bool], matrices: Sequence[Any]) -> list[bool]:
+    """Whether rows are projected, for each of the stacks."""
+    return [rows] * len(matrices) if isinstance(rows, bool) else list(rows)
+
+
+def problems(
+    kernel: str, matrices: Sequence[Any], projectors: Sequence[Any], rows: Sequence[bool]
+) -> list[tuple[Problem, list[int]]]:
+    """The problems that stacks make, and where the stacks of each are: those that are alike."""
+    found: dict[tuple[Problem, Any], list[int]] = defaultdict(list)
+    for i, (matrix, projector, by_rows) in enumerate(zip(matrices, projectors, rows, strict=True)):
+        problem = Problem.of(kernel, [matrix], [projector], rows=by_rows)
+        found[problem, matrix.shape].append(i)
+    return [(problem._replace(leaves=len(where)), where) for (problem, _), where in found.items()]
+
+
+def choose_each(
+    kernel: str,
+    matrices: Sequence[Any],
+    projectors: Sequence[Any],
+    rows: Sequence[bool],
+    asked: Implementation | None,
+) -> list[Implementation]:
+    """Decides who serves each stack; raises as `choose` does."""
+    chosen: list[Implementation] = ["xla"] * len(matrices)
+    for problem, where in problems(kernel, matrices, projectors, rows):
+        name = choose(problem, asked)
+        for i in where:
+            chosen[i] = name
+    return chosen
 
 
 def choose(problem: Problem, asked: Implementation | None) -> Implementation:

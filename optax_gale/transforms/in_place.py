@@ -18,8 +18,8 @@ from optax_gale.transforms.step import Step, like_old
 class InPlaceStep(Step):
     """As `Step`, and then `apply` in place of `lift`.
 
-    Gradients are projected, stepped in the subspace, and added to the weights by two kernels for
-    every group of leaves of one shape. Where the kernels are not XLA's, nothing of a weight's size
+    Gradients are projected, stepped in the subspace, and added to the weights by two kernels, for
+    all leaves at once. Where the kernels are not XLA's, nothing of a weight's size
     is made but the weight's new value.
     """
 
@@ -39,7 +39,10 @@ class InPlaceStep(Step):
         def kind(i: int) -> Hashable:
             program = analysis.programs[i]
             dtypes = (str(state[k].dtype) for k in program.moments)
-            return (served[i], self._kind(i), program.function, program.scalar_dtypes, *dtypes)
+            return (
+                *(served[i], self._dtypes(i), self._update_dtype(i)),
+                *(program.function, program.scalar_dtypes, *dtypes),
+            )
 
         groups = _grouped([i for i in served if i in analysis.programs], kind)
         in_kernels = [i for group in groups for i in group]
@@ -66,25 +69,26 @@ class InPlaceStep(Step):
         """The leaves whose projection a kernel serves, and which kernel."""
         if self.options.residual is not None:  # which needs R
             return {}
-        out: dict[int, Implementation] = {}
         where = [i for i, projected in enumerate(self.projected) if projected]
-        for group in _grouped(where, self._kind):
-            implementation = pallas.choose_project_update(
-                [self.matrices[i].g for i in group],
-                [self.projectors[i] for i in group],
-                rows=self.matrices[group[0]].projection.rows,
-                implementation=self.implementation,
-            )
-            if implementation != "xla":
-                out |= dict.fromkeys(group, implementation)
-        return out
+        chosen = pallas.choose_project_update(
+            [self.matrices[i].g for i in where],
+            [self.projectors[i] for i in where],
+            rows=[self.matrices[i].projection.rows for i in where],
+            implementation=self.implementation,
+        )
+        return {i: name for i, name in zip(where, chosen, strict=True) if name != "xla"}
 
-    def _kind(self, i: int) -> Hashable:
+    def _dtypes(self, i: int) -> Hashable:
         """What leaves must have in common to be served together."""
-        matrix = self.matrices[i]
-        arrays = (matrix.g, self.projectors[i], self.weights[i])
-        dtypes = [str(x.dtype) for x in arrays]
-        return (matrix.projection.rows, matrix.g.shape, self.projectors[i].shape, *dtypes)
+        arrays = (self.matrices[i].g, self.projectors[i], self.weights[i])
+        return tuple(str(x.dtype) for x in arrays)
+
+    def _update_dtype(self, i: int) -> Any:
+        """In which dtype the inner's update stands in memory between the kernels."""
+        dtype = self.weights[i].dtype
+        if dtype.itemsize < 4:
+            return dtype
+        return subspace.subspace_dtype(self.options, self.leaves[i], self.weights[i])
 
     def _analysed(self, served) -> tuple[fusion.Analysis, list[bool]] | None:
         """The inner's programs, and which leaves decay; None if there are none to be run."""
@@ -113,8 +117,6 @@ class InPlaceStep(Step):
         """Runs the kernel on a group of leaves, and puts its results among the rest."""
         programs = [analysis.programs[i] for i in group]
         state = jax.tree.leaves(self.inner_state)
-        weight = self.weights[group[0]]
-        inner_dtype = subspace.subspace_dtype(self.options, self.leaves[group[0]], weight)
         kernel = functools.partial(
             pallas.project_update,
             [self.matrices[i].g for i in group],
@@ -122,8 +124,8 @@ class InPlaceStep(Step):
             [[state[k] for k in program.moments] for program in programs],
             [rest.scalars[i] for i in group],
             programs[0].function,
-            rows=self.matrices[group[0]].projection.rows,
-            update_dtype=weight.dtype if weight.dtype.itemsize < 4 else inner_dtype,
+            rows=[self.matrices[i].projection.rows for i in group],
+            update_dtype=self._update_dtype(group[0]),
         )
         try:
             updates, moments = kernel(implementation=implementation)
@@ -149,7 +151,7 @@ class InPlaceStep(Step):
         where = [i for i, projected in enumerate(self.projected) if projected]
         scales = self._scales()
         numbers = _arrays({i: (scales[i], _sum_dtype(self.weights[i])) for i in where})
-        for group in _grouped(where, lambda i: (self._kind(i), str(updates[i].dtype))):
+        for group in _grouped(where, lambda i: (self._dtypes(i), str(updates[i].dtype))):
             views = [self.matrices[i].projection.view for i in group]
             applied = pallas.back_project_apply(
                 [view.to_matrix(self.weights[i]) for view, i in zip(views, group, strict=True)],
@@ -157,7 +159,7 @@ class InPlaceStep(Step):
                 [updates[i] for i in group],
                 [numbers[i] for i in group],
                 [self.decays[i] for i in group],
-                rows=self.matrices[group[0]].projection.rows,
+                rows=[self.matrices[i].projection.rows for i in group],
                 implementation=self.implementation,
             )
             for i, view, w in zip(group, views, applied, strict=True):

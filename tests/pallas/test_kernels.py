@@ -286,3 +286,70 @@ def test_scalars_that_leaves_share_are_one_set():
     assert dispatch.one_for_each([[x]], 3) == [[x]] * 3
     assert dispatch.one_for_each([[x], [y]], 2) == [[x], [y]]
     assert dispatch.one_for_all([[], []]) == [[]]
+
+
+MIXED = [((40, 56), 8, True, 3), ((56, 40), 8, False, 2), ((2, 24, 33), 16, True, 1)]
+
+
+def mixed(dtype):
+    """Leaves of several shapes and sides, in an order that keeps none of them together."""
+    problems = [
+        Problem.draw(shape, rank, rows, leaves=leaves, dtype=dtype, seed=seed)
+        for seed, (shape, rank, rows, leaves) in enumerate(MIXED)
+    ]
+    names = ("weights", "gradients", "projectors", "moments", "updates")
+    arrays = {name: [x for p in problems for x in getattr(p, name)] for name in names}
+    rows = [p.rows for p in problems for _ in p.weights]
+    order = np.random.default_rng(0).permutation(len(rows))
+    return {name: [xs[i] for i in order] for name, xs in arrays.items()}, [rows[i] for i in order]
+
+
+def check_mixed(implementation, dtype):
+    x, rows = mixed(dtype)
+    leaves = len(rows)
+    scales = [jnp.float32(-0.5 - i) for i in range(leaves)]
+    decays = [jnp.float32(-0.01)] * leaves
+    scalars = [[jnp.float32(x) for x in SCALARS.values()]] * leaves
+
+    @jax.jit
+    def both(x):
+        new = pallas.back_project_apply(
+            *(x["weights"], x["projectors"], x["updates"], scales, decays),
+            rows=rows,
+            implementation=implementation,
+        )
+        return new, pallas.project_update(
+            *(x["gradients"], x["projectors"], x["moments"], scalars, adam()),
+            rows=rows,
+            update_dtype=dtype,
+            implementation=implementation,
+        )
+
+    new, (updates, moments) = both(x)
+    for i in range(leaves):
+        one = {name: [xs[i]] for name, xs in x.items()}
+        (expected,) = back_project_apply_reference(
+            *(one["weights"], one["projectors"], one["updates"], [scales[i]], [decays[i]]),
+            rows=rows[i],
+        )
+        assert error(new[i], expected) < TOLERANCE[jnp.dtype(dtype).name]
+        (update,), (changed,) = project_update_reference(
+            *(one["gradients"], one["projectors"], one["moments"], [scalars[i]], adam_numpy),
+            rows=rows[i],
+        )
+        assert error(updates[i], update) < TOLERANCE[jnp.dtype(dtype).name]
+        for found, reference in zip(moments[i], changed, strict=True):
+            assert error(found, reference) < TOLERANCE["float32"]
+    return both.lower(x).compile().as_text()
+
+
+def test_leaves_of_several_shapes():
+    check_mixed("xla", jnp.float32)
+    check_mixed(None, jnp.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_small_leaves_of_several_shapes_share_two_launches_on_a_gpu(dtype):
+    text = check_mixed("triton", dtype)
+    assert text.count('custom_call_target="triton_kernel_call"') == 2

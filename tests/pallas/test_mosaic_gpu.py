@@ -52,7 +52,7 @@ def check_apply(problem, plan):
         problem.projectors,
         problem.updates,
         [[jnp.float32(x) for x in pair] for pair in zip(scales, decays, strict=True)],
-        rows=problem.rows,
+        rows=[problem.rows] * len(problem.weights),
         plan=plan,
         interpret=interpreter(),
     )
@@ -71,7 +71,7 @@ def check_update(problem, plan, inner=None, inner_numpy=adam_numpy, update_dtype
     updates, new = project_update.project_update(
         *arrays,
         inner or adam(),
-        rows=problem.rows,
+        rows=[problem.rows] * len(problem.weights),
         update_dtype=update_dtype,
         plan=plan,
         interpret=interpreter(),
@@ -113,7 +113,7 @@ def test_ragged_edges(shape, rank, rows):
 @interpreted
 @pytest.mark.parametrize("rows", [True, False])
 def test_groups_of_leaves(rows, monkeypatch):
-    monkeypatch.setattr(_mosaic_gpu, "MAX_LEAVES", 2)
+    monkeypatch.setattr(_mosaic_gpu, "_MAX_LEAVES", 2)
     problem = Problem.draw((64, 128), 64, rows, leaves=3, dtype=jnp.bfloat16)
     check_apply(problem, RESIDENT)
     check_update(problem, BY_COLUMNS)
@@ -172,7 +172,7 @@ def test_lowers_for_cuda_in_place(shape, rank, leaves, rows):
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
     text = lower(
-        functools.partial(back_project_apply.back_project_apply, rows=rows),
+        functools.partial(back_project_apply.back_project_apply, rows=[rows] * leaves),
         *(matrices, projectors, [half(*inner) for _ in matrices]),
         [[scalar] * 2 for _ in matrices],
         donated=0,
@@ -181,7 +181,7 @@ def test_lowers_for_cuda_in_place(shape, rank, leaves, rows):
     assert text.count("output_operand_alias<") == leaves
     assert text.count("tf.aliasing_output") == leaves
     step = functools.partial(
-        project_update.project_update, inner=adam(), rows=rows, update_dtype=jnp.bfloat16
+        project_update.project_update, inner=adam(), rows=[rows] * leaves, update_dtype=jnp.bfloat16
     )
     text = lower(step, matrices, projectors, states, scalars, donated=2)
     assert text.count("@mosaic_gpu_v2") == 1

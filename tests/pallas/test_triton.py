@@ -212,25 +212,55 @@ def test_the_epilogue_updates_moments_in_place():
 
 @pytest.mark.parametrize("leaves", [1, 2, 7])
 def test_every_program_gets_its_leafs_pointers(leaves):
-    calls, programs = [], 3
+    parts = [(leaves, 3), (1, 2), (leaves, 1)]
+    calls = []
     tl = types.SimpleNamespace(program_id=lambda axis: space["program"])
-    space = {"tl": tl, "body": lambda *given: calls.append(given)}
-    exec(_triton._grouped_source(leaves, programs, 2, ["p", "g"], ["m"], ["u", "m"]), space)
-    arrays = [f"{name}{leaf}" for name in ("p", "g", "old_m") for leaf in range(leaves)]
-    results = [f"{name}{leaf}" for name in ("u", "m") for leaf in range(leaves)]
-    for space["program"] in range(leaves * programs):
-        space["grouped"](*arrays, 100, *results)
-    assert calls == [
-        (f"p{leaf}", f"g{leaf}", (f"u{leaf}", f"m{leaf}"), 100 + 2 * leaf, program)
-        for leaf in range(leaves)
-        for program in range(programs)
-    ]
+    bodies = {f"body{i}": lambda *given, i=i: calls.append((i, *given)) for i in range(3)}
+    for served in (parts[:1], parts):
+        space = {"tl": tl, **bodies}
+        exec(_triton._grouped_source(served, 2, ["p", "g"], ["m"], ["u", "m"]), space)
+        count = sum(n for n, _ in served)
+        arrays = [f"{name}{leaf}" for name in ("p", "g", "old_m") for leaf in range(count)]
+        results = [f"{name}{leaf}" for name in ("u", "m") for leaf in range(count)]
+        calls.clear()
+        for space["program"] in range(sum(n * programs for n, programs in served)):
+            space["grouped"](*arrays, 100, *results)
+        of_leaf = [(i, programs) for i, (n, programs) in enumerate(served) for _ in range(n)]
+        assert calls == [
+            (i, f"p{leaf}", f"g{leaf}", (f"u{leaf}", f"m{leaf}"), 100 + 2 * leaf, program)
+            for leaf, (i, programs) in enumerate(of_leaf)
+            for program in range(programs)
+        ]
 
 
-def test_a_group_is_cut_where_a_launch_has_too_many_pointers():
-    cuts = _triton.launches(230, pointers=4)
-    assert [x for cut in cuts for x in range(230)[cut]] == list(range(230))
-    assert [cut.stop - cut.start for cut in cuts] == [100, 100, 30]
+def part(leaves, *, alone, warps=4):
+    return _triton.Part(
+        body=None,
+        programs=1,
+        inputs={"left": range(leaves), "right": range(leaves)},
+        donated={"weight": range(leaves)},
+        fresh={},
+        scalars=[[leaf] for leaf in range(leaves)],
+        warps=warps,
+        stages=3,
+        alone=alone,
+    )
+
+
+def test_a_part_is_cut_where_a_launch_has_too_many_pointers():
+    assert _triton.launches([part(230, alone=True)]) == [[(0, 0, 100)], [(0, 100, 200)],
+                                                         [(0, 200, 230)]]  # fmt: skip
+    some = part(230, alone=True).cut(100, 200)
+    assert some.leaves == len(some.scalars) == 100
+    assert some.donated["weight"][0] == some.scalars[0][0] == 100
+
+
+def test_small_parts_share_launches():
+    parts = [part(60, alone=False), part(5, alone=True), part(60, alone=False)]
+    parts += [part(1, alone=False, warps=8), part(2, alone=False)]
+    assert _triton.launches(parts) == [
+        [(0, 0, 60), (2, 0, 40)], [(1, 0, 5)], [(2, 40, 60), (4, 0, 2)], [(3, 0, 1)]
+    ]  # fmt: skip
 
 
 def test_rows_of_one_class_are_aligned_alike():

@@ -8,7 +8,7 @@ import jax
 
 from optax_gale.pallas import dispatch
 from optax_gale.pallas.back_project_apply import xla
-from optax_gale.pallas.dispatch import Implementation, Problem
+from optax_gale.pallas.dispatch import Implementation
 
 
 def back_project_apply(
@@ -18,7 +18,7 @@ def back_project_apply(
     scales: Sequence[jax.Array],
     decays: Sequence[jax.Array],
     *,
-    rows: bool,
+    rows: bool | Sequence[bool],
     implementation: Implementation | None = None,
 ) -> list[jax.Array]:
     r"""Applies low-rank updates to weights: ``W <- W + decay W + scale P U``.
@@ -28,12 +28,13 @@ def back_project_apply(
     takes their place.
 
     Args:
-      weights: a group of stacks of one shape and dtype, each ``(*batch, m, n)``.
+      weights: stacks ``(*batch, m, n)``. Shapes may differ; those that are alike are served
+        together. Dtypes are the same for all, as are those of the other arrays.
       projectors: for each ``(*batch, m, r)``, or ``(*batch, n, r)`` where the columns are.
       updates: for each ``(*batch, r, n)``, or ``(*batch, m, r)``.
       scales: for each a float32 scalar.
       decays: for each a float32 scalar, such as ``-lr * weight_decay``.
-      rows: whether the rows are projected.
+      rows: whether the rows are projected, of all or of each.
       implementation: None for the fastest that was measured, ``"xla"``, ``"mosaic_gpu"``
         (Hopper), or ``"triton"`` (with `jax-triton`).
 
@@ -51,25 +52,20 @@ def back_project_apply(
       >>> new[:, 0].tolist()
       [0.5, 0.5, 1.0, 1.0]
     """
-    chosen = choose(weights, projectors, rows=rows, implementation=implementation)
-    backend = dispatch.backend("back_project_apply", chosen)
-    scalars = dispatch.one_for_all(list(zip(scales, decays, strict=True)))
-    arguments: list[Any] = [list(weights), list(projectors), list(updates), scalars]
-    by_xla = functools.partial(xla.back_project_apply, rows=rows)
-    if chosen == "xla":
-        return by_xla(*arguments)
-    kernel = functools.partial(backend.back_project_apply, rows=rows)
-    new: list[jax.Array] = dispatch.run(kernel, by_xla, *arguments)
-    return new
-
-
-def choose(
-    weights: Sequence[jax.Array],
-    projectors: Sequence[jax.Array],
-    *,
-    rows: bool,
-    implementation: Implementation | None = None,
-) -> Implementation:
-    """Decides which implementation serves these arrays; raises as `back_project_apply` does."""
-    problem = Problem.of("back_project_apply", weights, projectors, rows=rows)
-    return dispatch.choose(problem, implementation)
+    sides = dispatch.for_each(rows, weights)
+    chosen = dispatch.choose_each("back_project_apply", weights, projectors, sides, implementation)
+    new: dict[int, jax.Array] = {}
+    for name in dict.fromkeys(chosen):
+        where = [i for i, other in enumerate(chosen) if other == name]
+        arguments: list[Any] = [[x[i] for i in where] for x in (weights, projectors, updates)]
+        arguments.append(dispatch.one_for_all([(scales[i], decays[i]) for i in where]))
+        by_rows = [sides[i] for i in where]
+        by_xla = functools.partial(xla.back_project_apply, rows=by_rows)
+        if name == "xla":
+            out = by_xla(*arguments)
+        else:
+            backend = dispatch.backend("back_project_apply", name)
+            kernel = functools.partial(backend.back_project_apply, rows=by_rows)
+            out = dispatch.run(kernel, by_xla, *arguments)
+        new |= zip(where, out, strict=True)
+    return [new[i] for i in range(len(chosen))]

@@ -64,7 +64,7 @@ def back_project_apply(
     updates: Sequence[jax.Array],
     scalars: Sequence[Sequence[jax.Array]],
     *,
-    rows: bool,
+    rows: Sequence[bool],
     plan: Plan | None = None,
     interpret: Any = None,
 ) -> list[jax.Array]:
@@ -72,20 +72,21 @@ def back_project_apply(
 
     ``plan`` overrides the tiling, ``interpret`` runs the kernel on a CPU.
     """
-    out: list[jax.Array] = []
+    out: dict[int, jax.Array] = {}
     scalars = one_for_each(scalars, len(weights))
-    for start in range(0, len(weights), mosaic.MAX_LEAVES):
-        group = slice(start, start + mosaic.MAX_LEAVES)
-        out += _launch(
-            weights[group],
-            projectors[group],
-            updates[group],
-            jnp.stack([jnp.stack([jnp.float32(x) for x in pair]) for pair in scalars[group]]),
-            rows=rows,
+    for where in mosaic.launches("back_project_apply", weights, projectors, rows):
+        pairs = [scalars[i] for i in where]
+        new = _launch(
+            [weights[i] for i in where],
+            [projectors[i] for i in where],
+            [updates[i] for i in where],
+            jnp.stack([jnp.stack([jnp.float32(x) for x in pair]) for pair in pairs]),
+            rows=rows[where[0]],
             plan=plan,
             interpret=interpret,
         )
-    return out
+        out |= zip(where, new, strict=True)
+    return [out[i] for i in range(len(weights))]
 
 
 def _launch(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from optax_gale.pallas import _triton
+from optax_gale.pallas import _triton, dispatch
 from optax_gale.pallas._triton import refusal
 from optax_gale.pallas.dispatch import Problem
 
@@ -43,6 +43,8 @@ def choose_tile(problem: Problem, capability: tuple[int, int]) -> Tile:
     if problem.dtype == "float32":
         return Tile(64, 64, 32, 4, 2)
     few = problem.leaves * problem.batch * problem.m * problem.n < 2**24
+    if _triton.is_small(problem):  # parts of one launch have the same warps and stages
+        return Tile(64, 64, 32, 4, 4)
     if capability < (9, 0):
         return Tile(128, 64, 32, 4, 3) if few else Tile(128, 128, 32, 8, 3)
     if problem.rank > 128:
@@ -58,41 +60,57 @@ def back_project_apply(
     updates: Sequence[jax.Array],
     scalars: Sequence[Sequence[jax.Array]],
     *,
-    rows: bool,
+    rows: Sequence[bool],
     tile: Tile | None = None,
 ) -> list[jax.Array]:
     """See `optax_gale.pallas.back_project_apply`; ``tile`` overrides the chosen one.
 
     ``scalars`` are scale and decay.
     """
-    problem = Problem.of("back_project_apply", weights, projectors, rows=rows)
-    tile = tile or choose_tile(problem, _triton.capability())
-    left = _triton.rounded(projectors, problem)
-    right = [u.astype(problem.dtype) for u in updates]
-    transposed = not rows
-    if not rows:
-        left, right = right, left
-    elif problem.n % _triton.vector(problem.dtype):
+    found = dispatch.problems("back_project_apply", weights, projectors, rows)
+    parts = [
+        _part(
+            problem,
+            tile or choose_tile(problem, _triton.capability()),
+            [weights[i] for i in where],
+            [projectors[i] for i in where],
+            [updates[i] for i in where],
+            [scalars[i] for i in where] if len(scalars) > 1 else scalars,
+        )
+        for problem, where in found
+    ]
+    new: dict[int, jax.Array] = {}
+    for (_, where), out in zip(found, _triton.call("back_project_apply", parts), strict=True):
+        new |= zip(where, out["weight"], strict=True)
+    return [new[i] for i in range(len(weights))]
+
+
+def _part(
+    problem: Problem,
+    tile: Tile,
+    weights: Sequence[jax.Array],
+    projectors: Sequence[jax.Array],
+    updates: Sequence[jax.Array],
+    scalars: Sequence[Sequence[jax.Array]],
+) -> _triton.Part:
+    """The work on leaves that are alike."""
+    updates = [u.astype(problem.dtype) for u in updates]
+    transposed = not problem.rows
+    if problem.rows and problem.n % _triton.vector(problem.dtype):
         # Its rows are not aligned, its columns are, and it is small beside the weight.
-        right, transposed = [x.mT for x in right], True
+        updates, transposed = [u.mT for u in updates], True
     tall, wide, programs = _tiles(problem, tile)
-    body = _body(problem._replace(leaves=1), tile, transposed, tall, wide)
-    new: list[jax.Array] = []
-    for leaves in _triton.launches(problem.leaves, pointers=4):
-        new += _triton.call(
-            "back_project_apply",
-            body,
-            programs,
-            inputs={
-                "left": left[leaves],
-                "right": right[leaves],
-            },
-            donated={"weight": weights[leaves]},
-            scalars=scalars[leaves] if len(scalars) > 1 else scalars,
-            warps=tile.warps,
-            stages=tile.stages,
-        )["weight"]
-    return new
+    return _triton.Part(
+        body=_body(problem._replace(leaves=1), tile, transposed, tall, wide),
+        programs=programs,
+        inputs={"projector": _triton.rounded(projectors, problem), "update": updates},
+        donated={"weight": weights},
+        fresh={},
+        scalars=scalars,
+        warps=tile.warps,
+        stages=tile.stages,
+        alone=not _triton.is_small(problem),
+    )
 
 
 def _tiles(problem: Problem, tile: Tile) -> tuple[int, int, int]:
@@ -112,6 +130,7 @@ def _body(problem: Problem, tile: Tile, transposed: bool, tall: int, wide: int) 
     import triton.language as tl
 
     period, vector = _triton.alignment(problem.m, problem.n, problem.dtype)
+    BY_ROWS = tl.constexpr(problem.rows)
     M, N, R = (tl.constexpr(x) for x in (problem.m, problem.n, problem.rank))
     BM, BN, BK = (tl.constexpr(x) for x in tile[:3])
     PERIOD, VECTOR, WALK = (tl.constexpr(x) for x in (period, vector, tile.walk))
@@ -125,6 +144,13 @@ def _body(problem: Problem, tile: Tile, transposed: bool, tall: int, wide: int) 
         tl.constexpr(problem.n % tile.columns == 0),
     )
     EVEN_R = tl.constexpr(problem.rank % tile.depth == 0)
+
+    @triton.jit
+    def factors(projector, update):
+        if BY_ROWS:
+            return projector, update
+        else:
+            return update, projector
 
     @triton.jit
     def load_left(left, row, k):
@@ -181,7 +207,8 @@ def _body(problem: Problem, tile: Tile, transposed: bool, tall: int, wide: int) 
                 tl.store(cells, new, mask=(row < ROWS)[:, None] & rest[None, :])
 
     @triton.jit
-    def one_tile(left, right, results, numbers, program):
+    def one_tile(projector, update, results, numbers, program):
+        left, right = factors(projector, update)
         matrix = (program // (TALL * WIDE)).to(tl.int64)
         # Programs that run together share operands: go through groups of rows of tiles.
         tile = program % (TALL * WIDE)
@@ -215,7 +242,8 @@ def _body(problem: Problem, tile: Tile, transposed: bool, tall: int, wide: int) 
         store_weight(cells, old, step, scale, decay, row, j, shift)
 
     @triton.jit
-    def one_panel(left, right, results, numbers, program):
+    def one_panel(projector, update, results, numbers, program):
+        left, right = factors(projector, update)
         matrix = (program // (WALKS * WIDE)).to(tl.int64)
         walk = program % (WALKS * WIDE) // WIDE
         j = program % (WALKS * WIDE) % WIDE

@@ -16,14 +16,16 @@ def back_project_apply(
     updates: Sequence[jax.Array],
     scalars: Sequence[Sequence[jax.Array]],
     *,
-    rows: bool,
+    rows: Sequence[bool],
 ) -> list[jax.Array]:
     """See `optax_gale.pallas.back_project_apply`; ``scalars`` are scale and decay."""
     out = []
     scalars = one_for_each(scalars, len(weights))
-    for w, p, u, (scale, decay) in zip(weights, projectors, updates, scalars, strict=True):
+    for w, p, u, (scale, decay), by_rows in zip(
+        weights, projectors, updates, scalars, rows, strict=True
+    ):
         wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
-        step = back_project(p, u, rows=rows, dtype=w.dtype)
+        step = back_project(p, u, rows=by_rows, dtype=w.dtype)
         out.append((wide + decay * wide + scale * step).astype(w.dtype))
     return out
 

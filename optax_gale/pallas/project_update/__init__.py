@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from optax_gale.pallas import dispatch
-from optax_gale.pallas.dispatch import Implementation, Problem
+from optax_gale.pallas.dispatch import Implementation
 from optax_gale.pallas.elementwise import Elementwise
 from optax_gale.pallas.project_update import xla
 
@@ -19,7 +19,7 @@ def project_update(
     scalars: Sequence[Sequence[jax.Array]],
     inner: Elementwise,
     *,
-    rows: bool,
+    rows: bool | Sequence[bool],
     update_dtype: Any,
     implementation: Implementation | None = None,
 ) -> tuple[list[jax.Array], list[tuple[jax.Array, ...]]]:
@@ -30,13 +30,14 @@ def project_update(
     does); with donated moments the new ones take their place. Adam's step, for one, is elementwise.
 
     Args:
-      gradients: a group of stacks of one shape and dtype, each ``(*batch, m, n)``.
+      gradients: stacks ``(*batch, m, n)``. Shapes may differ; those that are alike are served
+        together. Dtypes are the same for all, as are those of the other arrays.
       projectors: for each ``(*batch, m, r)``, or ``(*batch, n, r)`` where the columns are.
       moments: for each the inner's moments, ``(*batch, r, n)`` or ``(*batch, m, r)``; the same
         number and dtypes for all.
       scalars: for each the inner's scalars, ``()``.
       inner: the optimizer's step. Its first array is R, its outputs are U and the new moments.
-      rows: whether the rows are projected.
+      rows: whether the rows are projected, of all or of each.
       update_dtype: dtype of U.
       implementation: None for the fastest that was measured, ``"xla"``, ``"mosaic_gpu"``
         (Hopper), or ``"triton"`` (with `jax-triton`).
@@ -59,28 +60,38 @@ def project_update(
       >>> u[0][0].tolist()
       [2.0, 2.0, 2.0]
     """
+    sides = dispatch.for_each(rows, gradients)
     chosen = choose(gradients, projectors, rows=rows, implementation=implementation)
-    backend = dispatch.backend("project_update", chosen)
-    options: dict[str, Any] = {"inner": inner, "rows": rows, "update_dtype": update_dtype}
-    moments = [list(x) for x in moments]
-    arguments = [list(gradients), list(projectors), moments, dispatch.one_for_all(scalars)]
-    by_xla = functools.partial(xla.project_update, **options)
-    if chosen == "xla":
-        return by_xla(*arguments)
-    kernel = functools.partial(backend.project_update, **options)
-    out: tuple[list[jax.Array], list[tuple[jax.Array, ...]]] = dispatch.run(
-        kernel, by_xla, *arguments
-    )
-    return out
+    updates: dict[int, jax.Array] = {}
+    new: dict[int, tuple[jax.Array, ...]] = {}
+    for name in dict.fromkeys(chosen):
+        where = [i for i, other in enumerate(chosen) if other == name]
+        arguments = [
+            [gradients[i] for i in where],
+            [projectors[i] for i in where],
+            [list(moments[i]) for i in where],
+            dispatch.one_for_all([scalars[i] for i in where]),
+        ]
+        options = {"inner": inner, "update_dtype": update_dtype, "rows": [sides[i] for i in where]}
+        by_xla = functools.partial(xla.project_update, **options)
+        if name == "xla":
+            out = by_xla(*arguments)
+        else:
+            backend = dispatch.backend("project_update", name)
+            kernel = functools.partial(backend.project_update, **options)
+            out = dispatch.run(kernel, by_xla, *arguments)
+        updates |= zip(where, out[0], strict=True)
+        new |= zip(where, out[1], strict=True)
+    return [updates[i] for i in range(len(chosen))], [new[i] for i in range(len(chosen))]
 
 
 def choose(
     gradients: Sequence[jax.Array],
     projectors: Sequence[jax.Array],
     *,
-    rows: bool,
+    rows: bool | Sequence[bool],
     implementation: Implementation | None = None,
-) -> Implementation:
-    """Decides which implementation serves these arrays; raises as `project_update` does."""
-    problem = Problem.of("project_update", gradients, projectors, rows=rows)
-    return dispatch.choose(problem, implementation)
+) -> list[Implementation]:
+    """Decides who serves each stack; raises as `project_update` does."""
+    sides = dispatch.for_each(rows, gradients)
+    return dispatch.choose_each("project_update", gradients, projectors, sides, implementation)

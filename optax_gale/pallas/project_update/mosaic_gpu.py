@@ -69,7 +69,7 @@ def project_update(
     scalars: Sequence[Sequence[jax.Array]],
     inner: Elementwise,
     *,
-    rows: bool,
+    rows: Sequence[bool],
     update_dtype: Any,
     plan: Plan | None = None,
     interpret: Any = None,
@@ -79,24 +79,24 @@ def project_update(
     ``plan`` overrides the tiling, ``interpret`` runs the kernel on a CPU.
     """
     scalars = one_for_each(scalars, len(gradients))
-    updates: list[jax.Array] = []
-    new: list[tuple[jax.Array, ...]] = []
-    for start in range(0, len(gradients), mosaic.MAX_LEAVES):
-        group = slice(start, start + mosaic.MAX_LEAVES)
+    updates: dict[int, jax.Array] = {}
+    new: dict[int, tuple[jax.Array, ...]] = {}
+    for where in mosaic.launches("project_update", gradients, projectors, rows):
         u, m = _launch(
-            gradients[group],
-            projectors[group],
-            moments[group],
-            scalars[group],
+            [gradients[i] for i in where],
+            [projectors[i] for i in where],
+            [moments[i] for i in where],
+            [scalars[i] for i in where],
             inner,
-            rows=rows,
+            rows=rows[where[0]],
             update_dtype=update_dtype,
             plan=plan,
             interpret=interpret,
         )
-        updates += u
-        new += m
-    return updates, new
+        updates |= zip(where, u, strict=True)
+        new |= zip(where, m, strict=True)
+    order = range(len(gradients))
+    return [updates[i] for i in order], [new[i] for i in order]
 
 
 def _launch(

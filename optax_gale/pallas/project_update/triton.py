@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_gale.pallas import _triton
+from optax_gale.pallas import _triton, dispatch
 from optax_gale.pallas._triton import refusal
 from optax_gale.pallas.dispatch import Problem
 from optax_gale.pallas.elementwise import Elementwise
@@ -41,6 +41,8 @@ def choose_tile(problem: Problem, capability: tuple[int, int]) -> Tile:
     rank = min(128, max(16, _triton.power_of_two(problem.rank)))
     if problem.dtype == "float32":
         return Tile(64, min(64, rank), 32, 4, 2)
+    if _triton.is_small(problem):  # parts of one launch have the same warps and stages
+        return Tile(64, min(64, rank), 32, 4, 4)
     kept = problem.n if problem.rows else problem.m
     matrices = problem.leaves * problem.batch * -(-problem.rank // rank)
     # The widest tile that gives every multiprocessor a program or two: each reads all of P.
@@ -58,27 +60,61 @@ def project_update(
     scalars: Sequence[Sequence[jax.Array]],
     inner: Elementwise,
     *,
-    rows: bool,
+    rows: Sequence[bool],
     update_dtype: Any,
     tile: Tile | None = None,
 ) -> tuple[list[jax.Array], list[tuple[jax.Array, ...]]]:
     """See `optax_gale.pallas.project_update`; ``tile`` overrides the chosen one."""
-    problem = Problem.of("project_update", gradients, projectors, rows=rows)
-    tile = tile or choose_tile(problem, _triton.capability())
+    found = dispatch.problems("project_update", gradients, projectors, rows)
+    parts = [
+        _part(
+            problem,
+            tile or choose_tile(problem, _triton.capability()),
+            [gradients[i] for i in where],
+            [projectors[i] for i in where],
+            [moments[i] for i in where],
+            [scalars[i] for i in where] if len(scalars) > 1 else scalars,
+            inner,
+            update_dtype,
+        )
+        for problem, where in found
+    ]
+    updates: dict[int, jax.Array] = {}
+    new: dict[int, tuple[jax.Array, ...]] = {}
+    for (_, where), out in zip(found, _triton.call("project_update", parts), strict=True):
+        changed = [out[name] for name in _moment_names(moments)]
+        updates |= zip(where, out["update"], strict=True)
+        new |= {i: tuple(x[k] for x in changed) for k, i in enumerate(where)}
+    order = range(len(gradients))
+    return [updates[i] for i in order], [new[i] for i in order]
+
+
+def _moment_names(moments: Sequence[Sequence[jax.Array]]) -> list[str]:
+    return [f"moment{k}" for k in range(len(moments[0]))]
+
+
+def _part(
+    problem: Problem,
+    tile: Tile,
+    gradients: Sequence[jax.Array],
+    projectors: Sequence[jax.Array],
+    moments: Sequence[Sequence[jax.Array]],
+    scalars: Sequence[Sequence[jax.Array]],
+    inner: Elementwise,
+    update_dtype: Any,
+) -> _triton.Part:
+    """The work on leaves that are alike."""
     *batch, m, n = gradients[0].shape
-    shape = jax.ShapeDtypeStruct(
-        (*batch, problem.rank, n) if rows else (*batch, m, problem.rank), update_dtype
-    )
-    names = [f"moment{i}" for i in range(len(moments[0]))]
+    shape = (*batch, problem.rank, n) if problem.rows else (*batch, m, problem.rank)
     numbers = [jnp.asarray(x).dtype for x in scalars[0]]
     dtypes = (jnp.float32, *(x.dtype for x in moments[0]), *numbers)
-    tall, wide, programs = _tiles(problem, tile)
-    stride = n
-    if rows and n % _triton.vector(problem.dtype):
+    vector, stride = _triton.vector(problem.dtype), n
+    if problem.rows and n % vector:
         # Rows that start anywhere are copied element by element, and every program would; a copy
         # whose rows are aligned costs one pass.
-        stride = -(-n // _triton.vector(problem.dtype)) * _triton.vector(problem.dtype)
+        stride = -(-n // vector) * vector
         gradients = [_padded(g, stride) for g in gradients]
+    tall, wide, programs = _tiles(problem, tile)
     body = _body(
         problem._replace(leaves=1),
         tile,
@@ -88,26 +124,21 @@ def project_update(
         epilogue.inner_source(inner, dtypes),
         epilogue.finish_source(inner, numbers),
     )
-    updates: list[jax.Array] = []
-    new: list[tuple[jax.Array, ...]] = []
-    for leaves in _triton.launches(problem.leaves, pointers=3 + 2 * len(names)):
-        out = _triton.call(
-            "project_update",
-            body,
-            programs,
-            inputs={
-                "projector": _triton.rounded(projectors[leaves], problem),
-                "gradient": gradients[leaves],
-            },
-            donated={name: [x[i] for x in moments[leaves]] for i, name in enumerate(names)},
-            scalars=scalars[leaves] if len(scalars) > 1 else scalars,
-            fresh={"update": [shape for _ in gradients[leaves]]},
-            warps=tile.warps,
-            stages=tile.stages,
-        )
-        updates += out["update"]
-        new += [tuple(out[name][i] for name in names) for i in range(len(out["update"]))]
-    return updates, new
+    names = _moment_names(moments)
+    return _triton.Part(
+        body=body,
+        programs=programs,
+        inputs={
+            "projector": _triton.rounded(projectors, problem),
+            "gradient": gradients,
+        },
+        donated={name: [x[k] for x in moments] for k, name in enumerate(names)},
+        fresh={"update": [jax.ShapeDtypeStruct(shape, update_dtype) for _ in gradients]},
+        scalars=scalars,
+        warps=tile.warps,
+        stages=tile.stages,
+        alone=not _triton.is_small(problem),
+    )
 
 
 def _padded(g: jax.Array, length: int) -> jax.Array:

@@ -17,14 +17,16 @@ def project_update(
     scalars: Sequence[Sequence[jax.Array]],
     inner: Elementwise,
     *,
-    rows: bool,
+    rows: Sequence[bool],
     update_dtype: Any,
 ) -> tuple[list[jax.Array], list[tuple[jax.Array, ...]]]:
     """See `optax_gale.pallas.project_update`."""
     updates, new = [], []
     scalars = one_for_each(scalars, len(gradients))
-    for g, p, old, numbers in zip(gradients, projectors, moments, scalars, strict=True):
-        u, *changed = inner([project(g, p, rows=rows), *old], numbers)
+    for g, p, old, numbers, by_rows in zip(
+        gradients, projectors, moments, scalars, rows, strict=True
+    ):
+        u, *changed = inner([project(g, p, rows=by_rows), *old], numbers)
         updates.append(u.astype(update_dtype))
         new.append(tuple(x.astype(o.dtype) for x, o in zip(changed, old, strict=True)))
     return updates, new
