@@ -1,10 +1,17 @@
 """Devices for the whole suite: 8 CPU devices, or the GPU where OPTAX_GALE_GPU=1 asks for it."""
 
 import os
+from importlib.metadata import version
 
 # Factorisations of small matrices gain nothing from threads, and OpenBLAS's would spin against
 # XLA's and against the other test processes. Read when SciPy, which JAX imports, is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+if version("jaxlib").startswith("0.10."):
+    # The other code generator takes several times as long, and compiling is nearly all that these
+    # tests do. Later releases leave no choice. In front, so that the caller's own flags win.
+    flags = ("--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", ""))
+    os.environ["XLA_FLAGS"] = " ".join(flags)
 
 import jax
 import pytest

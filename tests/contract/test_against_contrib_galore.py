@@ -20,6 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 import optax_gale
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Exact SVDs compile in no time, and do not depend on a leaf's path. The side is the other's.
 _svd: dict[str, Any] = {"rank": 2, "update_proj_gap": 3, "side": "long", "range_finder": "svd"}
 

@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 import optax_gale
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Exact SVDs compile in no time; what is tested here does not depend on the range finder.
 _at: dict[str, Any] = {"rank": 2, "update_proj_gap": 2, "side": "short", "range_finder": "svd"}
 

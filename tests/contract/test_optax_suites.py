@@ -19,6 +19,8 @@ import pytest
 
 import optax_gale
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def _pointed_here(
     module_name: str, class_name: str, *, without: str = "(?!)", **replacements: Any

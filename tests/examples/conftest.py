@@ -12,6 +12,11 @@ from examples.flax_llama.sizes import SIZES, LlamaSize
 NANO = LlamaSize(300, hidden=16, intermediate=24, layers=2, heads=2, kv_heads=1)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def always_quick(quick_compilation):
+    """Asked for by every test."""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
     """Compiles what several runs have in common once: compiling is nearly all that they do.
@@ -26,8 +31,11 @@ def compilation_cache(tmp_path_factory):
     before = {name: getattr(jax.config, name) for name in options}
     for name, value in options.items():
         jax.config.update(name, value)
-    devices = {"jax_num_cpu_devices": jax.config.jax_num_cpu_devices}  # part of the key
-    yield {name.upper(): str(value) for name, value in {**options, **devices}.items()}
+    key = {
+        "jax_num_cpu_devices": jax.config.jax_num_cpu_devices,
+        "jax_disable_most_optimizations": True,  # as `always_quick` does here
+    }
+    yield {name.upper(): str(value) for name, value in {**options, **key}.items()}
     for name, value in before.items():
         jax.config.update(name, value)
 

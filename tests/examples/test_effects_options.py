@@ -20,10 +20,6 @@ from examples.flax_llama.step import Evaluation
 
 STEPS = 12
 
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 # --- a run without its arithmetic -----------------------------------------------------------------
 
 

@@ -34,9 +34,6 @@ from examples.flax_llama.metrics import Display, MetricsLog, read_records
 STEPS = 12
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 def terminal():
     return Console(force_terminal=True, file=io.StringIO(), width=150, color_system=None)
 

@@ -1,5 +1,7 @@
 """`update_and_apply`: the update and its application in one."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -11,6 +13,8 @@ import pytest
 import optax_gale
 from optax_gale.pallas import dispatch
 from optax_gale.transforms import in_place
+
+from .reference import turned
 
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 10)
 SHAPES = {
@@ -51,8 +55,13 @@ def draw(seed, shapes=SHAPES, dtype=jnp.float32):
     return {name: jnp.asarray(rng.normal(size=s), dtype) for name, s in shapes.items()}
 
 
+# A sketch takes seconds to compile, and who calls the range finder is the same for all of them.
+CHEAP = {"range_finder": turned}
+SKETCH = {"range_finder": "gale"}
+
+
 def gale(inner, **options):
-    options = {"update_proj_gap": 2, "weight_dimension_numbers": NUMBERS, **options}
+    options = {"update_proj_gap": 2, "weight_dimension_numbers": NUMBERS, **CHEAP, **options}
     return optax_gale.gale(inner, 4, **options)
 
 
@@ -91,10 +100,16 @@ def kernels(monkeypatch):
     return groups
 
 
+@functools.cache
+def elementwise(name):
+    """A transformation, and what it does in two calls."""
+    tx = gale(ELEMENTWISE[name], **(SKETCH if name == "adamw" else {}))
+    return tx, train(in_two_calls, tx)
+
+
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_elementwise_inners_run_in_the_kernels(name, kernels):
-    tx = gale(ELEMENTWISE[name])
-    expected = train(in_two_calls, tx)
+    tx, expected = elementwise(name)
     assert not kernels
     # bfloat16 moments are rounded where they leave the program, not after every operation.
     atol = 2e-3 if name == "bf16_momentum" else 2e-6
@@ -106,8 +121,7 @@ def test_elementwise_inners_run_in_the_kernels(name, kernels):
 
 
 def test_without_kernels_it_is_update_and_apply_updates():
-    tx = gale(optax.adamw(1e-2, weight_decay=0.1))
-    expected = train(in_two_calls, tx)
+    tx, expected = elementwise("adamw")
     chex.assert_trees_all_close(train(optax_gale.update_and_apply, tx), expected, atol=2e-6)
 
 
@@ -134,8 +148,8 @@ def test_inners_that_look_at_the_whole_gradient_do_not(name, kernels):
 
 def test_muon_and_adafactor_do_not_and_their_adam_leaves_stay_with_them(kernels):
     for tx in (
-        optax_gale.gale_muon(1e-2, 4, weight_dimension_numbers=NUMBERS),
-        optax_gale.gale_adafactor(1e-2, 4, weight_dimension_numbers=NUMBERS),
+        optax_gale.gale_muon(1e-2, 4, weight_dimension_numbers=NUMBERS, **CHEAP),
+        optax_gale.gale_adafactor(1e-2, 4, weight_dimension_numbers=NUMBERS, **CHEAP),
     ):
         expected = train(in_two_calls, tx)
         chex.assert_trees_all_close(train(optax_gale.update_and_apply, tx), expected, atol=2e-6)
@@ -175,7 +189,7 @@ def test_half_precision_weights_are_rounded_once(kernels):
 
 def test_stacks_of_other_batch_axes(kernels):
     shapes = {"flat": (6, 12, 8), "nested": (2, 3, 12, 8)}
-    tx = optax_gale.gale_adamw(1e-2, 4)
+    tx = optax_gale.gale_adamw(1e-2, 4, **CHEAP)
     params = draw(0, shapes)
     expected = train(in_two_calls, tx, steps=2, params=params)
     found = train(optax_gale.update_and_apply, tx, steps=2, params=params)
@@ -214,7 +228,7 @@ def test_donated_arrays_are_replaced_in_place():
 
 def test_chains_whose_last_stage_is_ours_and_those_of_others(kernels):
     clip, ours = optax.clip_by_global_norm(1.0), gale(optax.adamw(1e-2))
-    project = optax_gale.gale_project(4, weight_dimension_numbers=NUMBERS)
+    project = optax_gale.gale_project(4, weight_dimension_numbers=NUMBERS, **CHEAP)
     for tx, in_kernels in (
         (optax_gale.chain(clip, ours), True),
         (optax_gale.chain(clip, project, optax.adamw(1e-2)), True),
@@ -236,7 +250,7 @@ def test_chains_whose_last_stage_is_ours_and_those_of_others(kernels):
 def test_boxed_parameters_stay_in_their_boxes(kernels):
     params = {"kernel": nn.Partitioned(jnp.ones((24, 16)), ("embed", "mlp"))}
     grads = {"kernel": nn.Partitioned(draw(1)["stacked"][0], ("embed", "mlp"))}
-    tx = optax_gale.gale_adamw(1e-2, 4)
+    tx = optax_gale.gale_adamw(1e-2, 4, **CHEAP)
     state = tx.init(params)
     found = optax_gale.update_and_apply(tx, grads, state, params)
     chex.assert_trees_all_close(found, in_two_calls(tx, grads, state, params), atol=2e-6)
@@ -278,7 +292,7 @@ def switched(g, s):
 )
 def test_only_what_is_elementwise_is_taken_for_it(inner, in_kernels, kernels):
     params = draw(0, {"square": (4, 4), "bias": (24,)})
-    tx = optax_gale.gale(inner, 4)
+    tx = optax_gale.gale(inner, 4, **CHEAP)
     expected = train(in_two_calls, tx, params=params)
     found = train(optax_gale.update_and_apply, tx, params=params)
     chex.assert_trees_all_close(found, expected, atol=2e-6)
@@ -290,7 +304,7 @@ def test_a_state_that_changes_its_form_takes_the_general_path(kernels):
         steps = jax.tree.map(lambda x: -1e-2 * x, g)
         return steps, {"last": jnp.float32(3), "steps": s["steps"] + 1}
 
-    tx = optax_gale.gale(stateful(grows, {"last": None, "steps": jnp.zeros(())}), 4)
+    tx = optax_gale.gale(stateful(grows, {"last": None, "steps": jnp.zeros(())}), 4, **CHEAP)
     params = draw(0, {"wide": (10, 24)})
     state = tx.init(params)
     found = optax_gale.update_and_apply(tx, params, state, params)
@@ -305,7 +319,7 @@ def test_what_an_inner_prints_is_printed(kernels):
         jax.debug.callback(calls.append, jnp.float32(1))
         return jax.tree.map(lambda x: -1e-2 * x, g), s
 
-    tx = optax_gale.gale(stateful(printing), 4)
+    tx = optax_gale.gale(stateful(printing), 4, **CHEAP)
     params = draw(0, {"wide": (10, 24)})
     optax_gale.update_and_apply(tx, params, tx.init(params), params)
     jax.effects_barrier()
@@ -315,7 +329,7 @@ def test_what_an_inner_prints_is_printed(kernels):
 
 def test_it_can_be_differentiated():
     params, grads = draw(0, {"wide": (10, 24)}), draw(1, {"wide": (10, 24)})
-    tx = optax_gale.gale_adamw(1e-2, 4)
+    tx = optax_gale.gale_adamw(1e-2, 4, **CHEAP)
     state = tx.init(params)
 
     def loss(run, params):
