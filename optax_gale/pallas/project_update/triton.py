@@ -281,7 +281,7 @@ def _body(
         if PERIOD != 1:
             tile = edge_step(tile, p_cells, g_cells, r, 0, shift)
         k = tl.arange(0, DEPTH)
-        ps = p_cells + (first * DEPTH - shift + k)[:, None] * R
+        ps = p_cells + (k + first * DEPTH - shift)[:, None] * R
         gs = g_cells + first * DEPTH + k[None, :]
         for _ in range(first, last):
             g = tl.load(gs)
