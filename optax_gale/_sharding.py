@@ -5,6 +5,7 @@ result could be laid out in several ways. Everything here reads types only, so i
 one device, under Auto axes, or inside ``vmap`` and ``shard_map``.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -40,6 +41,20 @@ def replicate(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     for axis in axes:
         spec[axis] = None
     return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec)))
+
+
+def shards(x: jax.Array, axis: int) -> int:
+    """Returns in how many parts the type of ``x`` divides a dimension."""
+    mesh = jax.typeof(x).sharding.mesh
+    return math.prod(mesh.shape[name] for name in _names(spec_of(x)[axis]))
+
+
+def match(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns ``x`` sharded as the type of ``like``, which has as many dimensions."""
+    if spec_of(x) == spec_of(like):
+        return x
+    mesh = jax.typeof(like).sharding.mesh
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec_of(like))))
 
 
 def per_matrix(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

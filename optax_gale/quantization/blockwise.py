@@ -1,0 +1,188 @@
+"""Arrays quantised in blocks, each with a scale of its own."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_gale import _sharding
+from optax_gale.quantization import packing
+from optax_gale.quantization.codes import CODES, CodeName, neighbour
+
+BLOCK_SIZE = 256
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """An array ``(..., n)`` in a few bits an element; see `quantize`.
+
+    It is a pytree of two arrays: it goes through `jax.jit`, `jax.vmap` over leading axes and
+    checkpoints, and can be sharded as the array that it stands for.
+
+    Attributes:
+      codes: places in the code, ``(..., n)`` uint8 or int8; for ``"int4"`` two to a byte,
+        ``(..., ceil(n / 2))`` uint8.
+      scales: largest absolute values of the blocks, ``(..., ceil(n / block_size))`` float32.
+      code: name of the code; static.
+      block_size: elements of a block along the last axis; static.
+      length: n; static.
+      dtype: name of the dtype of the array; static.
+    """
+
+    codes: Any
+    scales: Any
+    code: CodeName = dataclasses.field(metadata={"static": True})
+    block_size: int = dataclasses.field(metadata={"static": True})
+    length: int = dataclasses.field(metadata={"static": True})
+    dtype: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return (*self.codes.shape[:-1], self.length)
+
+    @property
+    def ndim(self) -> int:
+        """Number of its axes."""
+        return len(self.codes.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in (self.codes, self.scales))
+
+
+def quantized_nbytes(shape: tuple[int, ...], code: CodeName, block_size: int = BLOCK_SIZE) -> int:
+    """Bytes that an array of a shape would take, codes and scales.
+
+    Example:
+      >>> from optax_gale.quantization import quantized_nbytes
+      >>> quantized_nbytes((128, 1024), "int8")
+      133120
+    """
+    *batch, n = shape
+    return math.prod(batch) * (-(-n * CODES[code].bits // 8) + 4 * -(-n // block_size))
+
+
+def check_block_size(block_size: Any) -> None:
+    """Raises TypeError or ValueError unless a block size is an int of at least 1."""
+    if not isinstance(block_size, int) or isinstance(block_size, bool):
+        raise TypeError(f"`block_size` must be an int, got {block_size!r}. Use 256 if unsure.")
+    if block_size < 1:
+        raise ValueError(f"`block_size` must be at least 1, got {block_size}. Use 256 if unsure.")
+
+
+def quantize(
+    x: jax.Array,
+    code: CodeName = "dynamic",
+    *,
+    block_size: int = BLOCK_SIZE,
+    key: jax.Array | None = None,
+) -> Quantized:
+    r"""Quantises an array in blocks along its last axis.
+
+    Every block is divided by its largest absolute value, and each quotient stored as the place of
+    the nearest number of the code. Blocks do not cross rows; the last one of a row may be shorter.
+    A block of zeros stays zero, and one that holds NaN or an infinity becomes NaN as a whole: what
+    is wrong stays visible, and within its block.
+
+    Args:
+      x: floating-point array ``(..., n)`` with at least one axis, not empty.
+      code: ``"dynamic"``, 8 bits for numbers of any sign over seven decades, the finest for large
+        ones; ``"dynamic_unsigned"``, the same for numbers that are not negative, of which no
+        positive one is rounded to zero; ``"int8"`` and ``"int4"``, evenly spaced, the latter packed
+        two to a byte.
+      block_size: elements of a block.
+      key: None to round to the nearest; or a key for stochastic rounding, whose mean is x (except
+        at the ends of the code: of the positive numbers at the lower one of
+        ``"dynamic_unsigned"``, and of those below -0.993 of the largest of a block of
+        ``"dynamic"``).
+
+    Returns:
+      The quantised array.
+
+    Raises:
+      TypeError: if x is not of floating point, or ``block_size`` no int.
+      ValueError: if x has no axis or no elements, or ``code`` or ``block_size`` is unknown or out
+        of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_gale.quantization import dequantize, quantize
+      >>> x = jnp.linspace(-1.0, 1.0, 1000).reshape(2, 500)
+      >>> q = quantize(x, "int8")
+      >>> q.codes.shape, q.scales.shape
+      ((2, 500), (2, 2))
+      >>> bool(jnp.max(jnp.abs(dequantize(q) - x)) <= 0.5 / 127 + 1e-6)
+      True
+
+    References:
+      Dettmers et al., `8-bit Optimizers via Block-wise Quantization
+      <https://arxiv.org/abs/2110.02861>`_, 2022.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`x` must be of floating point, got {x.dtype} {x.shape}.")
+    if not x.ndim or not x.size:
+        raise ValueError(f"`x` must have an axis and an element, got shape {x.shape}.")
+    if code not in CODES:
+        raise ValueError(f"`code` must be one of {tuple(CODES)}, got {code!r}.")
+    check_block_size(block_size)
+    chosen, wide = CODES[code], x.astype(jnp.float32)
+    scales = _scales(wide, block_size)
+    spread = _spread(scales, block_size, wide)
+    is_positive = spread > 0  # also false of NaN
+    quotients = jnp.where(is_positive, wide / jnp.where(is_positive, spread, 1.0), 0.0)
+    if chosen.floor is not None:
+        # Of x, not of the quotient, which may underflow.
+        quotients = jnp.where(wide > 0, jnp.maximum(quotients, chosen.floor), 0.0)
+    places = chosen.encode(quotients) if key is None else neighbour(chosen, quotients, key)
+    codes = packing.pack(places) if chosen.bits == 4 else places.astype(chosen.dtype)
+    return Quantized(codes, scales, code, block_size, x.shape[-1], str(x.dtype))
+
+
+def dequantize(q: Quantized, dtype: Any = None) -> jax.Array:
+    """The array that a quantised one stands for.
+
+    Args:
+      q: the quantised array.
+      dtype: of the result; None for that of the array that was quantised.
+
+    Returns:
+      ``(..., n)``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_gale.quantization import dequantize, quantize
+      >>> dequantize(quantize(jnp.eye(3), "int4")).tolist()
+      [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    """
+    code = CODES[q.code]
+    places = packing.unpack(q.codes, q.length) if code.bits == 4 else q.codes
+    values = code.decode(places.astype(jnp.int32))
+    return (values * _spread(q.scales, q.block_size, values)).astype(dtype or q.dtype)
+
+
+def _scales(x: jax.Array, block_size: int) -> jax.Array:
+    """The largest absolute value of every block, NaN where one is not finite."""
+    count, rest = -(-x.shape[-1] // block_size), -x.shape[-1] % block_size
+    if _sharding.is_sharded(x, (-1,)) and (rest or count % _sharding.shards(x, -1)):
+        x = _sharding.replicate(x, (-1,))  # a block would have parts on several devices
+    if rest:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, rest)])
+    blocks = x.reshape(*x.shape[:-1], count, block_size)
+    # Whether comparisons see NaN differs between devices.
+    is_finite = jnp.all(jnp.isfinite(blocks), axis=-1)
+    largest = jnp.where(is_finite, jnp.max(jnp.abs(blocks), axis=-1), jnp.nan)
+    return _sharding.replicate(largest, (-1,))
+
+
+def _spread(scales: jax.Array, block_size: int, like: jax.Array) -> jax.Array:
+    """The scale of every element, laid out over devices as an array is."""
+    *batch, count = scales.shape
+    spread = jnp.broadcast_to(scales[..., None], (*batch, count, block_size))
+    spread = spread.reshape(*batch, count * block_size)[..., : like.shape[-1]]
+    return _sharding.match(spread, like)
