@@ -1,12 +1,13 @@
 """optax_gale: train every weight while the optimizer keeps its moments in a low-rank subspace."""
 
-from optax_gale import linalg
+from optax_gale import linalg, quantization
 from optax_gale.transforms import (
     GaleDimensionNumbers,
     GaleProjectWarning,
     GaleState,
     LeafMemory,
     MemoryReport,
+    QuantizeStatesState,
     RangeFinder,
     Rotate,
     ScaleByOrthogonalizedMomentumState,
@@ -20,6 +21,7 @@ from optax_gale.transforms import (
     gale_project,
     gale_sgd,
     memory_report,
+    quantize_states,
     scale_by_orthogonalized_momentum,
     state_partition_specs,
     update_and_apply,
@@ -33,6 +35,7 @@ __all__ = [
     "GaleState",
     "LeafMemory",
     "MemoryReport",
+    "QuantizeStatesState",
     "RangeFinder",
     "Rotate",
     "ScaleByOrthogonalizedMomentumState",
@@ -47,6 +50,8 @@ __all__ = [
     "gale_sgd",
     "linalg",
     "memory_report",
+    "quantization",
+    "quantize_states",
     "scale_by_orthogonalized_momentum",
     "state_partition_specs",
     "update_and_apply",

@@ -69,3 +69,8 @@ def working_dtype(*arrays: jax.Array) -> jnp.dtype:
 def operand(x: jax.Array, like: Any) -> jax.Array:
     """Casts to half precision where the other operand is: tensor cores want both alike."""
     return x.astype(like) if jnp.dtype(like).itemsize < 4 else x
+
+
+def operand_dtype(like: Any) -> Any:
+    """The dtype in which `operand` leaves a float32 array."""
+    return like if jnp.dtype(like).itemsize < 4 else jnp.float32

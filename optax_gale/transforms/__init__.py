@@ -17,6 +17,7 @@ from optax_gale.transforms.muon import (
 )
 from optax_gale.transforms.partition_specs import state_partition_specs
 from optax_gale.transforms.project import GaleProjectWarning, chain, gale_project
+from optax_gale.transforms.quantize import QuantizeStatesState, quantize_states
 from optax_gale.transforms.range_finders import RangeFinder, Sketch
 from optax_gale.transforms.step import GaleState
 from optax_gale.transforms.wrapper import gale
@@ -27,6 +28,7 @@ __all__ = [
     "GaleState",
     "LeafMemory",
     "MemoryReport",
+    "QuantizeStatesState",
     "RangeFinder",
     "Rotate",
     "ScaleByOrthogonalizedMomentumState",
@@ -40,6 +42,7 @@ __all__ = [
     "gale_project",
     "gale_sgd",
     "memory_report",
+    "quantize_states",
     "scale_by_orthogonalized_momentum",
     "state_partition_specs",
     "update_and_apply",

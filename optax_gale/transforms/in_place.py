@@ -11,8 +11,8 @@ import optax
 
 from optax_gale import pallas
 from optax_gale.pallas import Implementation
-from optax_gale.transforms import fusion, subspace, trees
-from optax_gale.transforms.step import Step, like_old
+from optax_gale.transforms import fusion, storage, subspace, trees
+from optax_gale.transforms.step import Step
 
 
 class InPlaceStep(Step):
@@ -177,7 +177,7 @@ class InPlaceStep(Step):
 
     def _like_params(self, values: Sequence[jax.Array]) -> optax.Params:
         return self.treedef.unflatten(
-            [like_old(old, w) for old, w in zip(self.boxed_weights, values, strict=True)]
+            [storage.boxed_as(old, w) for old, w in zip(self.boxed_weights, values, strict=True)]
         )
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 
-from optax_gale.transforms import selection, trees
+from optax_gale.transforms import selection, storage, trees
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,10 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
     paths = trees.key_paths(params)
     longest_first = sorted(range(len(paths)), key=lambda i: -len(paths[i]))
     moments, projectors, other = [0] * len(leaves), [0] * len(leaves), 0
-    for path, x in jax.tree_util.tree_flatten_with_path(state, is_leaf=trees.is_box)[0]:
-        size = _size(trees.unbox(x))
+    for path, x in jax.tree_util.tree_flatten_with_path(state, is_leaf=storage.is_stored)[0]:
+        size = storage.nbytes(x)
         owner = next((i for i in longest_first if trees.endswith(path, paths[i])), None)
-        if owner is None or (not np.shape(trees.unbox(x)) and leaves[owner].value.shape):
+        if owner is None or (not np.shape(storage.unboxed(x)) and leaves[owner].value.shape):
             other += size
         elif any(
             getattr(key, "name", None) == "projector"
@@ -166,7 +166,7 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
                 leaf.path,
                 tuple(leaf.value.shape),
                 decisions.get(leaf.path, "full rank"),
-                _size(leaf.value),
+                storage.nbytes(leaf.value),
                 m,
                 p,
             )
@@ -178,10 +178,6 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(x), jax.numpy.result_type(x))
-
-
-def _size(x: Any) -> int:
-    return math.prod(x.shape) * x.dtype.itemsize  # of keys too, which NumPy does not know
 
 
 def _describe(choice: selection.Choice) -> str:

@@ -7,14 +7,14 @@ gradients (see `Rotate`).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from optax_gale import linalg
-from optax_gale.transforms import trees
+from optax_gale.transforms import storage, trees
 from optax_gale.transforms.matrices import Projection
 
 MomentKind = Literal["first", "second", "variance", "norm", "keep"]
@@ -98,7 +98,7 @@ class Moment:
     """One array of the inner's state that lives in the subspace of one leaf.
 
     Attributes:
-      index: position among the leaves of the inner's state.
+      index: position among the leaves of the inner's state, quantised arrays being leaves.
       leaf: position of the parameter among the parameters' leaves.
       node: path of the state whose field this is; moments of one node belong together.
       kind: how it depends on the gradients.
@@ -138,37 +138,80 @@ def find(
     if moments == "keep":
         return []
     extra = moments.fields if isinstance(moments, Rotate) else {}
-    deepest_first = sorted(enumerate(leaf_paths), key=lambda item: -len(item[1]))
-    arrays = jax.tree_util.tree_flatten_with_path(inner_state, is_leaf=trees.is_box)[0]
     found = []
-    for index, (path, boxed) in enumerate(arrays):
-        match = next(
-            ((i, path[: len(path) - len(p)]) for i, p in deepest_first if trees.endswith(path, p)),
-            None,
-        )
-        projection = None if match is None else projections[match[0]]
-        if match is None or projection is None:
+    for field_ in fields(inner_state, leaf_paths, extra):
+        projection = projections[field_.leaf]
+        if projection is None:
             continue
-        leaf, owner = match
-        shape = jnp.shape(trees.unbox(boxed))
-        name, node = _last_key(owner), owner[:-1]
-        siblings = {_last_key(p[: len(node) + 1]) for p, _ in arrays if p[: len(node)] == node}
-        kind = _kind(name, type(_at(inner_state, node)).__name__, siblings, extra)
+        index, leaf, node, kind = field_.index, field_.leaf, field_.node, field_.kind
+        name, shape = field_.name, tuple(jnp.shape(storage.unboxed(field_.array)))
         is_full = shape == projection.subspace_shape
         if is_full and kind is None and moments != "reset":
             raise ValueError(
-                f"The inner's state{jax.tree_util.keystr(path)} has the subspace's shape {shape}, "
-                f"but `moments` does not know how the field '{name}' depends on the gradients. "
-                f"Say it with moments=optax_gale.Rotate({{'{name}': 'first'}}) (or 'second', or "
-                "'keep'), or use moments='keep'."
+                f"The inner's state{jax.tree_util.keystr(field_.path)} has the subspace's shape "
+                f"{shape}, but `moments` does not know how the field '{name}' depends on the "
+                f"gradients. Say it with moments=optax_gale.Rotate({{'{name}': 'first'}}) (or "
+                "'second', or 'keep'), or use moments='keep'."
             )
         if is_full:
             found.append(Moment(index, leaf, node, kind or "keep", projection.rank_axis, full=True))
         elif name in ("v_row", "v_col") and shape == _without(
             projection, _averaged(name, projection)
         ):
-            axis = _factored_rank_axis(name, path, shape, projection)
+            axis = _factored_rank_axis(name, field_.path, shape, projection)
             found.append(Moment(index, leaf, node, "second", axis, full=False))
+    return found
+
+
+class Field(NamedTuple):
+    """One array of a state that belongs to a parameter, by its place.
+
+    Attributes:
+      index: position among the leaves of the state, boxes and quantised arrays being leaves.
+      path: its key path.
+      array: the array, as it is stored.
+      leaf: position of the parameter among the parameters' leaves.
+      node: path of the state whose field this is.
+      name: the field's name.
+      kind: how it depends on the gradients; None if the name does not say.
+    """
+
+    index: int  # type: ignore[assignment]
+    path: tuple[Any, ...]
+    array: Any
+    leaf: int
+    node: tuple[Any, ...]
+    name: str
+    kind: MomentKind | None
+
+
+def fields(
+    state: Any, leaf_paths: Sequence[tuple[Any, ...]], extra: Mapping[str, MomentKind]
+) -> list[Field]:
+    """Finds the arrays of a state that belong to parameters.
+
+    Args:
+      state: a transformation's state, arrays or shapes.
+      leaf_paths: key path of every parameter leaf.
+      extra: kinds of fields by name, before what is known of Optax's.
+
+    Returns:
+      The arrays, in the state's order.
+    """
+    deepest_first = sorted(enumerate(leaf_paths), key=lambda item: -len(item[1]))
+    arrays = jax.tree_util.tree_flatten_with_path(state, is_leaf=storage.is_stored)[0]
+    found = []
+    for index, (path, array) in enumerate(arrays):
+        match = next(
+            ((i, path[: len(path) - len(p)]) for i, p in deepest_first if trees.endswith(path, p)),
+            None,
+        )
+        if match is None:
+            continue
+        leaf, owner = match
+        name, node = _last_key(owner), owner[:-1]
+        kind = _kind(name, _at(state, node), extra)
+        found.append(Field(index, path, array, leaf, node, name, kind))
     return found
 
 
@@ -191,16 +234,19 @@ def _at(state: Any, path: tuple[Any, ...]) -> Any:
     return state
 
 
-def _kind(
-    name: str, state: str, siblings: set[str], extra: Mapping[str, MomentKind]
-) -> MomentKind | None:
+def _kind(name: str, owner: Any, extra: Mapping[str, MomentKind]) -> MomentKind | None:
     if name in extra:
         return extra[name]
-    if name in _STATES.get(state, {}):
-        return _STATES[state][name]
-    if name == "v" and "v_row" in siblings:
+    known = _STATES.get(type(owner).__name__, {})
+    if name in known:
+        return known[name]
+    if name == "v" and _has(owner, "v_row"):
         return "second"
     return _FIELDS.get(name)
+
+
+def _has(owner: Any, name: str) -> bool:
+    return name in owner if isinstance(owner, Mapping) else hasattr(owner, name)
 
 
 def _averaged(name: str, projection: Projection) -> int:
@@ -321,15 +367,18 @@ def check_powers(moments: Moments, found: Sequence[Moment], once: Any, doubled: 
       ValueError: if one of them grows with its first power.
     """
     told = moments.fields if isinstance(moments, Rotate) else {}
-    small, large = jax.tree.leaves(once), jax.tree_util.tree_flatten_with_path(doubled)[0]
+    small = jax.tree.leaves(once, is_leaf=storage.is_stored)
+    large = jax.tree_util.tree_flatten_with_path(doubled, is_leaf=storage.is_stored)[0]
     for moment in found:
         path, x = large[moment.index]
         name = _last_key(path[: len(moment.node) + 1])
         if moment.kind != "second" or name in told:
             continue
         # In NumPy: these arrays are concrete also where `init` is traced.
-        size = np.abs(np.asarray(small[moment.index], np.float64)).sum()
-        if size and abs(np.abs(np.asarray(x, np.float64)).sum() / size - 2) < 0.1:
+        size, doubled_size = (
+            np.abs(np.asarray(storage.value(y), np.float64)).sum() for y in (small[moment.index], x)
+        )
+        if size and abs(doubled_size / size - 2) < 0.1:
             raise ValueError(
                 f"The inner's state{jax.tree_util.keystr(path)} is called like a second moment, "
                 "but grows with the gradient, not with its square. Say that it is a norm with "

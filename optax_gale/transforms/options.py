@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,12 +56,25 @@ class Options:
             raise TypeError(f"`seed` must be an int, got {self.seed!r}.")
         moments_lib.check(self.moments)
         range_finders.resolve(self.range_finder)
-        for name in ("state_dtype", "projector_dtype"):
-            dtype = getattr(self, name)
-            if dtype is None and name == "state_dtype":
-                continue
-            if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-                raise ValueError(f"`{name}` must be a floating type, got {dtype}.")
+        if self.state_dtype is not None:
+            _check_dtype("state_dtype", self.state_dtype, ("int8",))
+        _check_dtype("projector_dtype", self.projector_dtype, ("int8", "int4"))
+
+    @property
+    def quantizes_states(self) -> bool:
+        """Whether the inner's moments are kept in 8 bits."""
+        return self.state_dtype is not None and jnp.dtype(self.state_dtype).name == "int8"
+
+    @property
+    def inner_dtype(self) -> Any:
+        """The dtype in which the inner runs; None for the parameters'."""
+        return jnp.float32 if self.quantizes_states else self.state_dtype
+
+    @property
+    def projector_code(self) -> Literal["int8", "int4"] | None:
+        """In which code projectors are kept; None if in a floating type."""
+        name = jnp.dtype(self.projector_dtype).name
+        return cast(Any, name) if name in ("int8", "int4") else None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], **others: Any) -> "Options":
@@ -84,6 +97,15 @@ def _is_integer(x: Any) -> bool:
     if isinstance(x, (jax.Array, np.ndarray)):
         return bool(jnp.issubdtype(x.dtype, jnp.integer)) and not x.ndim
     return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+
+
+def _check_dtype(name: str, dtype: Any, integers: tuple[str, ...]) -> None:
+    """Raises ValueError unless a dtype is a floating type or one of a few integer ones."""
+    if dtype is not None and jnp.dtype(dtype).name in integers:
+        return
+    if dtype is None or not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        others = " or ".join(map(repr, integers))
+        raise ValueError(f"`{name}` must be a floating type, or {others}, got {dtype}.")
 
 
 def _check_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_gale.transforms import moments as moments_lib
-from optax_gale.transforms import range_finders, refresh, shardings, trees
+from optax_gale.transforms import range_finders, refresh, shardings, storage, trees
 from optax_gale.transforms.matrices import Projection
 from optax_gale.transforms.options import Options
 from optax_gale.transforms.subspace import MatrixLeaf
@@ -56,13 +56,13 @@ def refreshed(
       options: the options.
       schedule: who is refreshed when.
       matrices: the gradients, None for leaves that are not projected.
-      projectors: the projectors in use.
+      projectors: the projectors in use, as they are stored.
       moments: the inner's moments.
       count: steps taken, int32.
       asked: the caller's choice, or None.
 
     Returns:
-      The projectors, and the inner's state in their bases.
+      The projectors, stored alike, and the inner's state in their bases.
     """
     if schedule is None:
         return list(projectors), moments.state
@@ -77,21 +77,27 @@ def refreshed(
     def refresh_unit(unit: refresh.Unit, step: jax.Array, masked: bool):
         size = unit.size if unit.size is not None and unit.slots > 1 else None
         start: Any = None  # of the slice of a stack that is refreshed, if it is not the whole
-        requests, turns = [], []
+        requests, turns, parts = [], [], []
         for position in unit.leaves:
             leaf, p = where[position], current[position]
             g = gradients[leaf].g
             if size is not None:
                 due = planned.slot(unit, step) * size
                 # A stack spread over devices cannot be sliced: all of it is computed, and masked.
-                if not any((shardings.explicit_spec(x) or [None])[0] for x in (g, p)):
+                arrays = (g, *jax.tree.leaves(p))
+                if not any((shardings.explicit_spec(x) or [None])[0] for x in arrays):
                     # The last slice is as long as the others: it reaches back to fit.
                     start = jnp.minimum(due, p.shape[0] - size)
-                    g, p = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (g, p))
+                    g, p = _sliced((g, p), start, size)
             key = jax.random.fold_in(options.key(), zlib.crc32(gradients[leaf].path.encode()))
             projection = gradients[leaf].projection
             key = jax.random.fold_in(key, step)
-            requests.append(range_finders.Request(g, projection.rows, projection.rank, key, p))
+            parts.append(p)
+            requests.append(
+                range_finders.Request(
+                    g, projection.rows, projection.rank, key, storage.value(p)
+                )
+            )
             turn: Any = True
             if masked:
                 turn = planned.due(position, step, gaps[position])
@@ -101,14 +107,18 @@ def refreshed(
             turns.append(turn)
         bases, accepted = {}, {}
         found = _find(options, requests)
-        for position, request, turn, (new, usable) in zip(
-            unit.leaves, requests, turns, found, strict=True
+        new_projectors = {}
+        for position, request, turn, part, (new, usable) in zip(
+            unit.leaves, requests, turns, parts, found, strict=True
         ):
             leaf = where[position]
             if size is not None:
                 turn = shardings.match(turn, usable[(slice(None),) + (0,) * (usable.ndim - 1)])
                 turn = turn.reshape(-1, *(1,) * (usable.ndim - 1))
-            bases[leaf], accepted[leaf] = (request.previous, new), usable & turn
+            new_projectors[leaf] = storage.quantized_as(part, new)
+            # The moments are turned by what is stored, which is what their gradients met.
+            bases[leaf] = request.previous, storage.value(new_projectors[leaf])
+            accepted[leaf] = usable & turn
         carried = moments.carried(bases, start)
         out, values = list(current), list(moments.values)
         for position in unit.leaves:
@@ -121,9 +131,10 @@ def refreshed(
             for k in mine:
                 size_of = jnp.abs(carried[k].astype(jnp.float32))
                 taken &= jnp.isfinite(jnp.sum(size_of, tuple(range(taken.ndim, size_of.ndim))))
-            out[position] = _replaced(current[position], bases[leaf][1], taken, start)
+            out[position] = _replaced(current[position], new_projectors[leaf], taken, start)
             for k in mine:
-                values[k] = _replaced(moments.values[k], carried[k], taken, start)
+                old = moments.values[k]
+                values[k] = _replaced(old, storage.quantized_as(old, carried[k]), taken, start)
         return out, values
 
     new, values = refresh.run(planned, count, asked, keep, refresh_unit)
@@ -133,8 +144,17 @@ def refreshed(
     return out, moments.replaced(values)
 
 
-def _replaced(whole: jax.Array, new: jax.Array, accepted: jax.Array, start: Any) -> jax.Array:
-    """Puts what is new of the accepted matrices ``(*batch,)`` into an array, or into a slice."""
+def _sliced(tree: Any, start: jax.Array, size: int) -> Any:
+    """A slice along the first axis of every array."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), tree)
+
+
+def _replaced(whole: Any, new: Any, accepted: jax.Array, start: Any) -> Any:
+    """Puts what is new of the accepted matrices ``(*batch,)`` into what is stored, or a slice."""
+    return jax.tree.map(lambda x, y: _replaced_array(x, y, accepted, start), whole, new)
+
+
+def _replaced_array(whole: jax.Array, new: jax.Array, accepted: jax.Array, start: Any) -> jax.Array:
     old = whole
     if start is not None:
         old = jax.lax.dynamic_slice_in_dim(whole, start, new.shape[0])
@@ -182,17 +202,17 @@ class InnerMoments:
         self.state = inner_state
         self._option, self._advance, self._count = option, advance, count
         self._found = moments_lib.find(inner_state, leaf_paths, projections, option)
-        leaves, self._treedef = jax.tree.flatten(inner_state)
-        self._leaves = leaves
-        self.values = [leaves[moment.index] for moment in self._found]
+        self._leaves, self._treedef = _flatten(inner_state)
+        self.values = [storage.unboxed(self._leaves[moment.index]) for moment in self._found]
 
-    def replaced(self, values: Sequence[jax.Array]) -> Any:
-        """The inner's state with other moments."""
+    def replaced(self, values: Sequence[Any]) -> Any:
+        """The inner's state with other moments, stored as they are given."""
         if not self._found:
             return self.state
         leaves = list(self._leaves)
         for moment, value in zip(self._found, values, strict=True):
-            leaves[moment.index] = value
+            put = storage.boxed_as if storage.is_quantized(value) else storage.boxed_value
+            leaves[moment.index] = put(leaves[moment.index], value)
         return jax.tree.unflatten(self._treedef, leaves)
 
     def leaf(self, k: int) -> int:
@@ -205,10 +225,10 @@ class InnerMoments:
         if start is not None:
             for k, moment in enumerate(self._found):
                 if moment.leaf in bases:
-                    size = bases[moment.leaf][0].shape[0]
-                    values[k] = jax.lax.dynamic_slice_in_dim(values[k], start, size)
+                    values[k] = _sliced(values[k], start, bases[moment.leaf][0].shape[0])
+        arrays = [storage.value(x) for x in values]
         return moments_lib.carry(
-            self._option, self._found, values, bases, self._decay_rates, self._count
+            self._option, self._found, arrays, bases, self._decay_rates, self._count
         )
 
     def _decay_rates(self) -> list[jax.Array]:
@@ -219,14 +239,14 @@ class InnerMoments:
         """
 
         def step(values):
-            leaves = jax.tree.leaves(self._advance(self.replaced(values)))
+            leaves, _ = _flatten(self._advance(self.replaced(values)))
             return [leaves[moment.index] for moment in self._found]
 
         # Half precision would round a second moment's 0.999 to 1.
         kinds = [moment.kind for moment in self._found]
         wide = [
             value.astype(jnp.float32) if kind == "second" else value
-            for kind, value in zip(kinds, self.values, strict=True)
+            for kind, value in zip(kinds, map(storage.value, self.values), strict=True)
         ]
         _, linear = jax.linearize(step, wide)
         rates = [jnp.zeros(())] * len(kinds)
@@ -237,6 +257,11 @@ class InnerMoments:
                     rate = shardings.first_element(tangent).astype(jnp.float32)
                     rates[i] = jnp.clip(rate, 0.0, 1.0)
         return rates
+
+
+def _flatten(state: Any) -> tuple[list[Any], Any]:
+    """The arrays of a state, quantised ones whole."""
+    return jax.tree.flatten(state, is_leaf=storage.is_quantized)
 
 
 def inner_of(

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_gale import pallas
-from optax_gale._products import operand
+from optax_gale._products import operand, operand_dtype
 from optax_gale.transforms import inner as inner_lib
 from optax_gale.transforms import projectors as projectors_lib
 from optax_gale.transforms import residual as residual_lib
-from optax_gale.transforms import subspace, trees
+from optax_gale.transforms import storage, subspace, trees
 
 
 class GaleState(NamedTuple):
@@ -20,7 +20,8 @@ class GaleState(NamedTuple):
 
     Attributes:
       count: steps taken, int32 ``()``.
-      projector: a tree like the parameters, with ``(*batch, d, r)`` arrays at projected leaves and
+      projector: a tree like the parameters, with ``(*batch, d, r)`` arrays at projected leaves,
+        quantised (`optax_gale.quantization.Quantized`) if ``projector_dtype`` says so, and
         ``optax.MaskedNode`` at the others.
       inner_state: the inner's state, made for the parameters with projected leaves replaced by
         their subspaces, ``(*batch, r, n)`` or ``(*batch, m, r)``.
@@ -50,9 +51,12 @@ class Step:
         self.updates = updates
         self.leaves, self.treedef = trees.flatten(updates)
         self.boxed_projectors = self._like_updates("state.projector", state.projector)
-        self.projectors = [trees.unbox(p) for p in self.boxed_projectors]
-        self.matrices: list[Any] = subspace.matrices(options, updates, self.leaves, self.projectors)
+        self.stored_projectors = [storage.unboxed(p) for p in self.boxed_projectors]
+        self.matrices: list[Any] = subspace.matrices(
+            options, updates, self.leaves, self.stored_projectors
+        )
         self.projected = [matrix is not None for matrix in self.matrices]
+        self.projectors = self._read_projectors()
         self.has_params = params is not None
         self.boxed_weights = (
             [None] * len(self.leaves) if params is None else self._like_updates("params", params)
@@ -76,6 +80,19 @@ class Step:
                 f"{jax.tree.structure(tree)} against {self.treedef}. The state must come from "
                 "`init` with the parameters that the gradients are of."
             ) from error
+
+    def _read_projectors(self) -> list[Any]:
+        """The projectors as both passes over a matrix use them.
+
+        A quantised one is read once, in half precision where the gradient is: the same numbers
+        project and back-project.
+        """
+        out = []
+        for stored, matrix in zip(self.stored_projectors, self.matrices, strict=True):
+            if storage.is_quantized(stored):
+                stored = storage.value(stored, operand_dtype(matrix.g.dtype))
+            out.append(stored)
+        return out
 
     def _inner_params(self, of_projected):
         """The parameters as the inner sees them; the values of projected leaves do not matter."""
@@ -109,15 +126,16 @@ class Step:
             advance,
             self.state.count,
         )
-        self.projectors, self.inner_state = projectors_lib.refreshed(
+        self.stored_projectors, self.inner_state = projectors_lib.refreshed(
             self.options,
             projectors_lib.plan(self.options, self.updates, self.leaves, chosen),
             self.matrices,
-            self.projectors,
+            self.stored_projectors,
             moments,
             self.state.count,
             asked,
         )
+        self.projectors = self._read_projectors()
 
     def _project(self):
         return self.treedef.unflatten([self._project_leaf(i) for i in range(len(self.leaves))])
@@ -203,7 +221,7 @@ class Step:
                 rows=matrix.projection.rows,
                 direction=direction,
             )
-            self.residual[i] = like_old(memory, ratio)
+            self.residual[i] = storage.boxed_as(memory, ratio)
         return terms
 
     def new_state(self) -> GaleState:
@@ -212,15 +230,10 @@ class Step:
             count=optax.safe_increment(self.state.count),
             projector=self.treedef.unflatten(
                 [
-                    like_old(old, p)
-                    for old, p in zip(self.boxed_projectors, self.projectors, strict=True)
+                    storage.boxed_as(old, p)
+                    for old, p in zip(self.boxed_projectors, self.stored_projectors, strict=True)
                 ]
             ),
             inner_state=self.inner_state,
             residual=self.treedef.unflatten(self.residual),
         )
-
-
-def like_old(old: Any, new: Any) -> Any:
-    """New state in the box of the old, if it had one."""
-    return trees.rebox(old, new) if trees.is_box(old) else new

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from optax_gale import pallas
-from optax_gale.transforms import selection, shardings, trees
+from optax_gale.transforms import selection, shardings, storage, trees
 from optax_gale.transforms.matrices import MatrixView, Projection
 from optax_gale.transforms.options import Options
+
+PROJECTOR_BLOCK_SIZE = 128
 
 
 class MatrixLeaf(NamedTuple):
@@ -73,15 +75,17 @@ def proxy(options: Options, leaf: trees.Leaf, projection: Projection | None) -> 
     """What the inner's `init` sees for a parameter: zeros in the subspace, or the parameter."""
     if projection is None:
         return trees.rebox(leaf.box, _as_state(options, leaf.value))
-    dtype = leaf.value.dtype if options.state_dtype is None else options.state_dtype
+    dtype = leaf.value.dtype if options.inner_dtype is None else options.inner_dtype
     zeros = jnp.zeros(projection.subspace_shape, dtype)
     return _boxed(leaf, zeros, projection.subspace_names)
 
 
 def first_projector(options: Options, leaf: trees.Leaf, projection: Projection) -> Any:
     """The projector before the first refresh."""
-    p = projection.eye(options.projector_dtype)
-    return _boxed(leaf, p, projection.projector_names)
+    code = options.projector_code
+    p = projection.eye(options.projector_dtype if code is None else jnp.float32)
+    boxed = _boxed(leaf, p, projection.projector_names)
+    return boxed if code is None else storage.quantized(boxed, code, PROJECTOR_BLOCK_SIZE)
 
 
 def first_residual(leaf: trees.Leaf, projection: Projection) -> Any:
@@ -117,14 +121,14 @@ def as_inner_param(options: Options, weight: Any) -> Any:
 
 def subspace_dtype(options: Options, leaf: trees.Leaf, weight: Any) -> Any:
     """The dtype in which the inner sees a projected gradient."""
-    if options.state_dtype is not None:
-        return options.state_dtype
+    if options.inner_dtype is not None:
+        return options.inner_dtype
     return leaf.value.dtype if weight is None else weight.dtype
 
 
 def _as_state(options: Options, x: Any) -> Any:
-    if options.state_dtype is None or not jnp.issubdtype(x.dtype, jnp.floating):
+    if options.inner_dtype is None or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(x.shape, options.state_dtype)
-    return x.astype(options.state_dtype)
+        return jax.ShapeDtypeStruct(x.shape, options.inner_dtype)
+    return x.astype(options.inner_dtype)

@@ -13,8 +13,9 @@ from optax_gale.transforms import projectors as projectors_lib
 from optax_gale.transforms import selection, subspace, trees
 from optax_gale.transforms.apply import InPlaceTransformation, check_transformation
 from optax_gale.transforms.in_place import InPlaceStep
-from optax_gale.transforms.moments import Moments
+from optax_gale.transforms.moments import Moments, Rotate
 from optax_gale.transforms.options import Options, check_scale
+from optax_gale.transforms.quantize import quantize_states
 from optax_gale.transforms.range_finders import RangeFinder, RangeFinderName
 from optax_gale.transforms.refresh import RefreshSchedule
 from optax_gale.transforms.residual import Residual
@@ -31,6 +32,10 @@ def wrap(
     check_transformation("inner", inner)
     if full_rank is not None:
         check_transformation("full_rank", full_rank)
+    if options.quantizes_states:
+        told = options.moments.fields if isinstance(options.moments, Rotate) else None
+        inner = quantize_states(inner, fields=told)
+        full_rank = None if full_rank is None else quantize_states(full_rank, fields=told)
 
     def init(params: optax.Params) -> GaleState:
         leaves, treedef = trees.flatten(params)
