@@ -94,9 +94,7 @@ def refreshed(
             key = jax.random.fold_in(key, step)
             parts.append(p)
             requests.append(
-                range_finders.Request(
-                    g, projection.rows, projection.rank, key, storage.value(p)
-                )
+                range_finders.Request(g, projection.rows, projection.rank, key, storage.value(p))
             )
             turn: Any = True
             if masked:
