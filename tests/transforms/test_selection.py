@@ -395,8 +395,9 @@ def test_errors_of_init(options, error, parts):
         ({"moments": "rotated"}, ValueError, "`moments` must be 'keep', 'rotate', 'reset' or"),
         ({"range_finder": "qr"}, ValueError, "`range_finder` must be one of .*'gale'.*'svd'"),
         ({"range_finder": 3}, TypeError, "`range_finder` must be a name, a `Sketch`, or a callab"),
-        ({"state_dtype": "int8"}, ValueError, "`state_dtype` must be a floating type, got int8"),
-        ({"projector_dtype": "int4"}, ValueError, "`projector_dtype` must be a floating type"),
+        ({"state_dtype": "int4"}, ValueError, "`state_dtype` must be .* or 'int8', got int4"),
+        ({"projector_dtype": "int16"}, ValueError, "`projector_dtype` must be .*'int8' or 'int4'"),
+        ({"projector_dtype": None}, ValueError, "`projector_dtype` must be a floating type"),
         ({"update_proj_gap": 0}, ValueError, "`update_proj_gap` must be at least 1, got 0"),
     ],
 )
