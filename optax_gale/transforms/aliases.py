@@ -69,8 +69,8 @@ def gale_adamw(
       refresh_schedule: how refreshes are spread over the gap.
       select: which leaves are projected.
       weight_dimension_numbers: which axes make a weight's rows and columns.
-      state_dtype: dtype in which the optimizer runs.
-      projector_dtype: dtype in which projectors are stored.
+      state_dtype: dtype in which the optimizer runs, or ``"int8"``: moments in 8 bits.
+      projector_dtype: dtype in which projectors are stored, also ``"int8"`` or ``"int4"``.
       seed: seed of every random number.
 
     Returns:
@@ -168,8 +168,8 @@ def gale_muon(
       refresh_schedule: how refreshes are spread over the gap.
       select: which leaves are projected.
       weight_dimension_numbers: which axes make a weight's rows and columns.
-      state_dtype: dtype in which the optimizer runs.
-      projector_dtype: dtype in which projectors are stored.
+      state_dtype: dtype in which the optimizer runs, or ``"int8"``: moments in 8 bits.
+      projector_dtype: dtype in which projectors are stored, also ``"int8"`` or ``"int4"``.
       seed: seed of every random number.
 
     Returns:
@@ -265,8 +265,8 @@ def gale_adafactor(
       refresh_schedule: how refreshes are spread over the gap.
       select: which leaves are projected.
       weight_dimension_numbers: which axes make a weight's rows and columns.
-      state_dtype: dtype in which the optimizer runs.
-      projector_dtype: dtype in which projectors are stored.
+      state_dtype: dtype in which the optimizer runs, or ``"int8"``: moments in 8 bits.
+      projector_dtype: dtype in which projectors are stored, also ``"int8"`` or ``"int4"``.
       seed: seed of every random number.
 
     Returns:
@@ -358,8 +358,8 @@ def gale_lion(
       refresh_schedule: how refreshes are spread over the gap.
       select: which leaves are projected.
       weight_dimension_numbers: which axes make a weight's rows and columns.
-      state_dtype: dtype in which the optimizer runs.
-      projector_dtype: dtype in which projectors are stored.
+      state_dtype: dtype in which the optimizer runs, or ``"int8"``: moments in 8 bits.
+      projector_dtype: dtype in which projectors are stored, also ``"int8"`` or ``"int4"``.
       seed: seed of every random number.
 
     Returns:
@@ -434,8 +434,8 @@ def gale_sgd(
       refresh_schedule: how refreshes are spread over the gap.
       select: which leaves are projected.
       weight_dimension_numbers: which axes make a weight's rows and columns.
-      state_dtype: dtype in which the optimizer runs.
-      projector_dtype: dtype in which projectors are stored.
+      state_dtype: dtype in which the optimizer runs, or ``"int8"``: moments in 8 bits.
+      projector_dtype: dtype in which projectors are stored, also ``"int8"`` or ``"int4"``.
       seed: seed of every random number.
 
     Returns:

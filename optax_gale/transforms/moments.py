@@ -375,9 +375,9 @@ def check_powers(moments: Moments, found: Sequence[Moment], once: Any, doubled: 
         if moment.kind != "second" or name in told:
             continue
         # In NumPy: these arrays are concrete also where `init` is traced.
-        size, doubled_size = (
-            np.abs(np.asarray(storage.value(y), np.float64)).sum() for y in (small[moment.index], x)
-        )
+        with jax.ensure_compile_time_eval():
+            arrays = [storage.value(y) for y in (small[moment.index], x)]
+        size, doubled_size = (np.abs(np.asarray(y, np.float64)).sum() for y in arrays)
         if size and abs(doubled_size / size - 2) < 0.1:
             raise ValueError(
                 f"The inner's state{jax.tree_util.keystr(path)} is called like a second moment, "

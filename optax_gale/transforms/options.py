@@ -52,8 +52,7 @@ class Options:
         _check_one_of("refresh_schedule", self.refresh_schedule, ("together", "staggered"))
         if isinstance(self.scale, str) or self.scale is None:
             check_scale(self.scale)
-        if not _is_integer(self.seed):
-            raise TypeError(f"`seed` must be an int, got {self.seed!r}.")
+        check_seed(self.seed)
         moments_lib.check(self.moments)
         range_finders.resolve(self.range_finder)
         if self.state_dtype is not None:
@@ -85,6 +84,12 @@ class Options:
     def key(self) -> jax.Array:
         """The key that every random choice derives from."""
         return jax.random.key(self.seed, impl="threefry2x32")
+
+
+def check_seed(seed: Any) -> None:
+    """Raises TypeError unless ``seed`` is an integer (or traced)."""
+    if not _is_integer(seed):
+        raise TypeError(f"`seed` must be an int, got {seed!r}.")
 
 
 def check_scale(scale: Any, where: str = "") -> None:

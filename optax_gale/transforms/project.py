@@ -62,8 +62,8 @@ def gale_project(
       refresh_schedule: how refreshes are spread over the gap.
       select: which leaves are projected.
       weight_dimension_numbers: which axes make a weight's rows and columns.
-      state_dtype: dtype in which the following stages run.
-      projector_dtype: dtype in which projectors are stored.
+      state_dtype: dtype in which the following stages run, or ``"int8"``: moments in 8 bits.
+      projector_dtype: dtype in which projectors are stored, also ``"int8"`` or ``"int4"``.
       seed: seed of every random number.
 
     Returns:

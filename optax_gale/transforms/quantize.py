@@ -15,6 +15,7 @@ from optax_gale.quantization.codes import CodeName
 from optax_gale.transforms import moments, storage, trees
 from optax_gale.transforms.apply import check_transformation
 from optax_gale.transforms.moments import MomentKind
+from optax_gale.transforms.options import check_seed
 
 MIN_SIZE = 4096
 
@@ -100,6 +101,7 @@ def quantize_states(
     check_transformation("inner", inner)
     check_block_size(block_size)
     _check_min_size(min_size)
+    check_seed(seed)
     known = _checked_fields(fields)
     if not isinstance(stochastic_rounding, bool):
         raise TypeError(f"`stochastic_rounding` must be a bool, got {stochastic_rounding!r}.")

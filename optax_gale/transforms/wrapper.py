@@ -189,8 +189,11 @@ def gale(
         matrices. One `GaleDimensionNumbers` (or Muon's, or GaLore's), a prefix tree of them (None:
         full rank), or a callable from the parameters to one. Default: the last two axes.
       state_dtype: dtype in which the inner runs; None for the parameters'. float32 is advisable
-        when they are bfloat16: Adam's second moment stalls in 8 bits of mantissa.
-      projector_dtype: dtype in which P is stored. P is computed in float32.
+        when they are bfloat16: Adam's second moment stalls in 8 bits of mantissa. ``"int8"``: the
+        inner runs in float32 and its moments are kept in 8 bits, as `quantize_states` does.
+      projector_dtype: dtype in which P is stored, a floating type, ``"int8"``, or ``"int4"`` (two
+        numbers a byte), in blocks of 128 along a row, each with a float32 scale. P is computed in
+        float32; what is stored is what projects, back-projects, and turns the moments.
       seed: from which, with the leaf's path and the step, every random number derives.
       full_rank: a transformation for the leaves that are not projected; None for ``inner``.
 

@@ -94,6 +94,22 @@ def _gale_adafactor(
     )
 
 
+def _quantised(learning_rate: optax.ScalarOrSchedule):
+    return optax_gale.quantize_states(optax.adamw(learning_rate), min_size=0)
+
+
+def _gale_quantised(
+    learning_rate: optax.ScalarOrSchedule, rank=8, update_proj_gap=200, range_finder="gale"
+):
+    return optax_gale.gale(
+        _quantised(learning_rate),
+        rank,
+        update_proj_gap=update_proj_gap,
+        range_finder=range_finder,
+        projector_dtype="int8",
+    )
+
+
 _FACTORIES = {
     "gale_adamw": optax_gale.gale_adamw,
     "gale_muon": optax_gale.gale_muon,
@@ -102,6 +118,8 @@ _FACTORIES = {
     "gale_sgd": optax_gale.gale_sgd,
     "gale_of_lion": _gale_of_lion,
     "chain": _chain,
+    "quantised": _quantised,
+    "gale_quantised": _gale_quantised,
 }
 
 
@@ -147,6 +165,7 @@ ContribSuiteAtFullRank = _contrib_suite(
         _entry("gale_adafactor", 1e-2, rank=8),
         _entry("gale_lion", 1e-3, rank=8),
         _entry("gale_sgd", 1e-4, rank=8),
+        _entry("quantised", 1e-2),
     )
 )
 
@@ -181,6 +200,7 @@ ContribSuiteInSubspaces = _contrib_suite(
         _entry("gale_sgd", 1e-4, **_at, range_finder="svd"),
         _entry("gale_adafactor", 1e-2, **_at, range_finder="svd"),
         _entry("chain", 1e-3, **_at, range_finder="svd", moments="rotate", residual="fira"),
+        _entry("gale_quantised", 1e-2, **_at, range_finder="svd"),
     ),
     # They have vectors only, or compile for long what `test_factories` asks more cheaply.
     without="test_preserve_dtype|test_gradient_accumulation|test_state_shape_dtype"

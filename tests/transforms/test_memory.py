@@ -48,6 +48,10 @@ TRANSFORMATIONS = {
         optax.clip_by_global_norm(1.0), optax_gale.gale_project(8), optax.adamw(1e-3)
     ),
     "injected": optax.inject_hyperparams(optax_gale.gale_lion, static_args="rank")(1e-3, rank=8),
+    "int8 states, int4 projector": optax_gale.gale_adamw(
+        1e-3, 8, state_dtype="int8", projector_dtype="int4"
+    ),
+    "quantised": optax_gale.quantize_states(optax.adamw(1e-3), min_size=100),
     "partition": optax.partition(
         {"a": optax_gale.gale_adamw(1e-3, 8), "b": optax.sgd(1e-3, momentum=0.9)},
         {"embed": "b", "layers": "a", "lm_head": "b"},
