@@ -138,9 +138,10 @@ class OptimizerOptions:
     """Refresh all projectors in one step, or spread them over the gap."""
     select: str | None = None
     """Regular expression on the parameters' paths: which weights are projected."""
-    state_dtype: FloatName | None = None
-    """Precision in which the optimizer runs in the subspace."""
-    projector_dtype: FloatName | None = None
+    state_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+    """Precision in which the optimizer runs in the subspace; int8: it runs in float32 and keeps its
+    moments in 8 bits."""
+    projector_dtype: Literal["float32", "bfloat16", "int8", "int4"] | None = None
     """Precision of the projectors."""
     projection_seed: int | None = None
     """Seed of the sketches."""

@@ -198,6 +198,12 @@ def moment_dtypes(run):
     return [dtypes(x for path, x in m.items() if path.startswith("layers")) for m in moments]
 
 
+def moment_dtypes_of_the_embedding(run):
+    """Large enough, at this size, to be quantised."""
+    moments = [state_leaves(run.shapes.opt_state, name) for name in ("mu", "nu")]
+    return [dtypes(x for path, x in m.items() if path.startswith("embed")) for m in moments]
+
+
 def momentum_dtype(run):
     return dtypes(state_leaves(run.shapes.opt_state, "trace").values())
 
@@ -251,8 +257,11 @@ EFFECTS = [
     ({**GALE, "select": "down|query"}, projected, {"down", "query"}),
     (GALE, projector_dtypes, F32),
     ({**GALE, "projector_dtype": "bfloat16"}, projector_dtypes, BF16),
+    ({**GALE, "projector_dtype": "int8"}, projector_dtypes, {"int8", "float32"}),
+    ({**GALE, "projector_dtype": "int4"}, projector_dtypes, {"uint8", "float32"}),
     (GALE, moment_dtypes, [F32, F32]),
     ({**GALE, "state_dtype": "bfloat16"}, moment_dtypes, [BF16, BF16]),
+    ({**GALE, "state_dtype": "int8"}, moment_dtypes_of_the_embedding, [{"uint8", "float32"}] * 2),
     ({**GALE, "mu_dtype": "bfloat16"}, moment_dtypes, [BF16, F32]),
     ({}, momentum_dtype, F32),
     ({"accumulator_dtype": "bfloat16"}, momentum_dtype, BF16),

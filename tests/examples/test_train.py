@@ -106,6 +106,22 @@ def test_killed_and_started_again_gives_the_same_numbers(
     assert records(tmp_path, "validation") == records(whole, "validation")
 
 
+def test_quantised_states_and_projectors_go_on_bit_for_bit(nano, tmp_path, capsys):
+    words = conftest.words(
+        nano, optimizer="gale_adamw", rank=4, update_proj_gap=4, state_dtype="int8",
+        projector_dtype="int4", out=tmp_path,
+    )  # fmt: skip
+    train(*words)
+    through = [records(tmp_path, kind) for kind in ("train", "validation")]
+    # As if it had been stopped after its first checkpoint, which is in the middle of a gap.
+    shutil.rmtree(tmp_path / "checkpoints" / "12")
+    (tmp_path / "result.json").unlink()
+    capsys.readouterr()
+    train(*words)
+    assert "Going on from the checkpoint of step 6" in capsys.readouterr().out
+    assert [records(tmp_path, kind) for kind in ("train", "validation")] == through
+
+
 def test_finished_run_is_validated_again_and_nothing_else(options, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
     train(*conftest.words(options, out=tmp_path / "run"))
