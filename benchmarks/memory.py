@@ -34,7 +34,10 @@ class Config:
 
 def optimizers(ranks: tuple[int, ...], dtype: jnp.dtype) -> dict[str, optax.GradientTransformation]:
     """AdamW, GaLore (moments and projector in the weights' dtype, as galore-torch), and GALE."""
-    table: dict[str, optax.GradientTransformation] = {"AdamW": optax.adamw(1e-3)}
+    table: dict[str, optax.GradientTransformation] = {
+        "AdamW": optax.adamw(1e-3),
+        "AdamW, moments in int8": optax_gale.quantize_states(optax.adamw(1e-3)),
+    }
     for rank in ranks:
         table[f"GaLore (SVD), r = {rank}"] = optax_gale.gale_adamw(
             1e-3, rank, range_finder="svd", side="short", projector_dtype=dtype
@@ -43,6 +46,10 @@ def optimizers(ranks: tuple[int, ...], dtype: jnp.dtype) -> dict[str, optax.Grad
         table[f"GALE, r = {rank}, projector in {dtype.name}"] = optax_gale.gale_adamw(
             1e-3, rank, projector_dtype=dtype
         )
+        for projector in ("int8", "int4"):
+            table[f"GALE, r = {rank}, moments in int8, projector in {projector}"] = (
+                optax_gale.gale_adamw(1e-3, rank, state_dtype="int8", projector_dtype=projector)
+            )
         table[f"GALE, r = {rank}, side='long'"] = optax_gale.gale_adamw(1e-3, rank, side="long")
         table[f"GALE-Muon, r = {rank}"] = optax_gale.gale_muon(1e-3, rank)
     return table

@@ -54,7 +54,7 @@ def stored(p: jax.Array, dtype: str) -> tuple[jax.Array, float]:
 def measure(m: int, n: int, rank: int, decay: float) -> list[Row]:
     """One row a precision."""
     g = gradient(m, n, decay)
-    p = linalg.range_finder.range_finder(g, rank, key=jax.random.key(1))
+    p = linalg.range_finder(jax.random.key(1), g, rank, align=True)
     best, exact = linalg.captured_energy(p, g), _projected(p, g)
     rows: list[Row] = []
     for dtype in ("float32", "bfloat16", "int8", "int4"):

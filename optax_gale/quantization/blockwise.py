@@ -1,6 +1,7 @@
 """Arrays quantised in blocks, each with a scale of its own."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -131,6 +132,12 @@ def quantize(
     if code not in CODES:
         raise ValueError(f"`code` must be one of {tuple(CODES)}, got {code!r}.")
     check_block_size(block_size)
+    return _quantized(x, key, code, block_size)
+
+
+# One program also where nothing else is compiled: operation by operation, it is some dozens.
+@functools.partial(jax.jit, static_argnames=("code", "block_size"))
+def _quantized(x: jax.Array, key: jax.Array | None, code: CodeName, block_size: int) -> Quantized:
     chosen, wide = CODES[code], x.astype(jnp.float32)
     scales = _scales(wide, block_size)
     spread = _spread(scales, block_size, wide)
@@ -144,6 +151,7 @@ def quantize(
     return Quantized(codes, scales, code, block_size, x.shape[-1], str(x.dtype))
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def dequantize(q: Quantized, dtype: Any = None) -> jax.Array:
     """The array that a quantised one stands for.
 

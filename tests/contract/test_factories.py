@@ -57,7 +57,6 @@ _FACTORIES: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
         optax_gale.quantize_states(optax.adamw(0.03), min_size=0, stochastic_rounding=True),
         **_at,
         projector_dtype="int4",
-        residual="fira",
     ),
     "adamw two gaps": lambda: optax_gale.gale_adamw(
         0.03,
