@@ -115,7 +115,9 @@ def quantize_states(
             code = _CODES.get(found.kind or "keep")
             if code is not None and _shrinks(x, code, block_size, min_size):
                 leaves[found.index] = storage.quantized(x, code, block_size)
-        return QuantizeStatesState(jnp.zeros((), jnp.int32), treedef.unflatten(leaves))
+        return QuantizeStatesState(
+            jnp.zeros((), jnp.int32), jax.tree.unflatten(treedef, leaves)
+        )
 
     def update(
         updates: optax.Updates,
@@ -170,9 +172,8 @@ def _cast_like(updates: Any, tree: Any) -> Any:
     """Updates in the dtypes of another tree's leaves."""
     leaves, treedef = jax.tree.flatten(updates)
     likes = jax.tree.leaves(tree)
-    return treedef.unflatten(
-        [u.astype(jnp.result_type(x)) for u, x in zip(leaves, likes, strict=True)]
-    )
+    cast = [u.astype(jnp.result_type(x)) for u, x in zip(leaves, likes, strict=True)]
+    return jax.tree.unflatten(treedef, cast)
 
 
 def _shrinks(boxed: Any, code: CodeName, block_size: int, min_size: int) -> bool:

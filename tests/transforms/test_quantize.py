@@ -358,9 +358,7 @@ def test_decay_of_whole_weights(name):
     zeros = jax.tree.map(jnp.zeros_like, params)
     state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(2):
-        (with_weights, new), (without, other) = (
-            update(draw(1), state, p) for p in (params, zeros)
-        )
+        (with_weights, new), (without, other) = (update(draw(1), state, p) for p in (params, zeros))
         chex.assert_trees_all_equal(new, other)
         state = new
     chex.assert_trees_all_close(
@@ -411,9 +409,7 @@ def test_quantised_moments_are_not_for_the_elementwise_kernels(implementation, m
     )
     tx, params = GALES["wrapped inner"](), {k: draw(0)[k] for k in QUANTISED}
     grads = {k: draw(1)[k] for k in QUANTISED}
-    optax_gale.update_and_apply(
-        tx, grads, tx.init(params), params, implementation=implementation
-    )
+    optax_gale.update_and_apply(tx, grads, tx.init(params), params, implementation=implementation)
     with pytest.raises(AssertionError, match="a kernel was run"):
         tx = optax_gale.gale_adamw(0.03, RANK)
         optax_gale.update_and_apply(
