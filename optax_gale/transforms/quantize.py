@@ -115,9 +115,7 @@ def quantize_states(
             code = _CODES.get(found.kind or "keep")
             if code is not None and _shrinks(x, code, block_size, min_size):
                 leaves[found.index] = storage.quantized(x, code, block_size)
-        return QuantizeStatesState(
-            jnp.zeros((), jnp.int32), jax.tree.unflatten(treedef, leaves)
-        )
+        return QuantizeStatesState(jnp.zeros((), jnp.int32), jax.tree.unflatten(treedef, leaves))
 
     def update(
         updates: optax.Updates,
