@@ -16,7 +16,7 @@ BLOCK_SIZE = 256
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Quantized:
     """An array ``(..., n)`` in a few bits an element; see `quantize`.
 

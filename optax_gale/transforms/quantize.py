@@ -167,11 +167,10 @@ def _wide(tree: Any) -> Any:
 
 
 def _cast_like(updates: Any, tree: Any) -> Any:
-    """Updates in the dtypes of another tree's leaves."""
-    leaves, treedef = jax.tree.flatten(updates)
-    likes = jax.tree.leaves(tree)
-    cast = [u.astype(jnp.result_type(x)) for u, x in zip(leaves, likes, strict=True)]
-    return jax.tree.unflatten(treedef, cast)
+    """Updates in the dtypes of another tree's leaves; None where there is no update."""
+    is_none = lambda x: x is None
+    cast = lambda u, x: None if u is None else u.astype(jnp.result_type(x))
+    return jax.tree.map(cast, updates, tree, is_leaf=is_none)
 
 
 def _shrinks(boxed: Any, code: CodeName, block_size: int, min_size: int) -> bool:

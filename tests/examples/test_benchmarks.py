@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import optax_gale
-from benchmarks import memory, range_finders, training
+from benchmarks import memory, projector_precision, range_finders, training
 from examples.flax_llama import compare
 from examples.flax_llama.data import DataConfig
 from examples.flax_llama.model import Llama
@@ -32,6 +32,13 @@ def test_the_sketch_captures_what_the_svd_does_of_a_training_models_gradients(tm
     for step in at:
         assert 0.98 * best[step] <= default[step] <= best[step] * (1 + 1e-5)
         assert random[step] < 0.5 * best[step]  # or the gradients say nothing
+
+
+def test_fewer_bits_of_a_projector_cost_what_they_cost():
+    rows = {row["dtype"]: row for row in projector_precision.measure(64, 96, 16, 0.7)}
+    off = [rows[name]["orthogonality"] for name in ("float32", "bfloat16", "int8", "int4")]
+    assert off == sorted(off) and off[0] < 1e-5 and off[2] < 0.02 and off[3] < 0.3
+    assert rows["int8"]["energy"] > 0.9995 and 0.97 < rows["int4"]["energy"] < 0.999
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

@@ -12,6 +12,7 @@ import optax
 import optax.contrib
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -324,8 +325,8 @@ def test_a_refresh_rotates_the_values(name):
         update = jax.jit(functools.partial(tx.update, refresh=True))
         for k in range(3):
             _, state = update(draw(10 + k), state, params)
-        grads = {**draw(99), "kernel": 0 * params["kernel"]}
-        # A gradient of zero refreshes nothing, a tiny one does and hardly enters the moments.
+        grads = draw(99)
+        # A gradient of zero refreshes nothing; a tiny one does, and hardly enters the moments.
         grads["kernel"] = 1e-12 * draw(98)["kernel"]
         _, after = update(grads, state, params)
         old, new = (np.asarray(read(s.projector)["kernel"], np.float64) for s in (state, after))
@@ -336,6 +337,11 @@ def test_a_refresh_rotates_the_values(name):
         wanted = 0.9 * wanted * (moments == "rotate")
         scale = np.abs(before.mu["kernel"]).max()
         assert np.abs(got.mu["kernel"] - wanted).max() < 0.03 * scale
+        # LDAdam's rule, of moments corrected for three steps: the decays are found all the same.
+        m, v = (np.asarray(x["kernel"], np.float64) for x in (before.mu, before.nu))
+        over = (1 - 0.999**3) / (1 - 0.9**3) ** 2
+        wanted = np.abs(q**2 @ (v - over * m**2) + over * (q @ m) ** 2) * (moments == "rotate")
+        assert np.abs(got.nu["kernel"] - 0.999 * wanted).max() < 0.03 * v.max()
         assert np.all(got.nu["kernel"] >= 0)
 
 
@@ -456,6 +462,42 @@ def test_boxes_hold_codes_and_scales_with_names_of_their_own():
     mu, p = specs.inner_state.inner_state[0].mu["w"], specs.projector["w"]
     assert (mu.codes, mu.scales) == (P(None, "mlp"), P(None, None))
     assert (p.codes, p.scales) == (P("embed", None), P("embed", None))
+
+
+def test_nnx_variables_hold_codes_and_scales_with_names_of_their_own():
+    class Layer(nnx.Module):
+        def __init__(self):
+            init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("data", "model"))
+            self.linear = nnx.Linear(8, 16, kernel_init=init, rngs=nnx.Rngs(0))
+
+    with jax.set_mesh(
+        jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    ):
+        model = Layer()
+        tx = GALES["wrapped inner"](projector_dtype="int4", side="short", range_finder="svd")
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, optimizer):
+            optimizer.update(model, nnx.grad(lambda m: jnp.sum(m.linear.kernel[...] ** 2))(model))
+
+        for _ in range(2):
+            step(model, optimizer)
+        mu = optimizer.opt_state.inner_state.inner_state[0].mu["linear"]["kernel"]
+        p = optimizer.opt_state.projector["linear"]["kernel"]
+    for x, spec in (
+        (mu.codes, P(None, "model")), (mu.scales, P(None, None)), (p.codes, P("data", None)),
+        (p.scales, P("data", None)),
+    ):  # fmt: skip
+        assert P(*x.get_metadata("out_sharding")) == spec
+        assert jax.typeof(x.get_value()).sharding.spec == spec
+
+
+def test_no_gradient_no_update():
+    tx, params = optax_gale.quantize_states(optax.adam(0.1), min_size=0), draw(0)
+    grads = {**draw(1), "stack": None}
+    updates, _ = tx.update(grads, tx.init({**params, "stack": None}), params)
+    assert updates["stack"] is None and updates["kernel"].shape == (24, 40)
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
