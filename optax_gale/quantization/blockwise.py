@@ -26,7 +26,7 @@ class Quantized:
     Attributes:
       codes: places in the code, ``(..., n)`` uint8 or int8; for ``"int4"`` two to a byte,
         ``(..., ceil(n / 2))`` uint8.
-      scales: largest absolute values of the blocks, ``(..., ceil(n / block_size))`` float32.
+      scales: what the blocks were divided by, ``(..., ceil(n / block_size))`` float32.
       code: name of the code; static.
       block_size: elements of a block along the last axis; static.
       length: n; static.
@@ -86,7 +86,10 @@ def quantize(
     r"""Quantises an array in blocks along its last axis.
 
     Every block is divided by its largest absolute value, and each quotient stored as the place of
-    the nearest number of the code. Blocks do not cross rows; the last one of a row may be shorter.
+    the nearest number of the code. For ``"dynamic"``, which has 1 but not -1, the divisor has the
+    sign of the number that is largest: so that one is exact, whatever its sign, and an average that
+    is stored again and again does not shrink. Blocks do not cross rows; the last one of a row may
+    be shorter.
     A block of zeros stays zero, and one that holds NaN or an infinity becomes NaN as a whole: what
     is wrong stays visible, and within its block.
 
@@ -98,9 +101,8 @@ def quantize(
         two to a byte.
       block_size: elements of a block.
       key: None to round to the nearest; or a key for stochastic rounding, whose mean is x (except
-        at the ends of the code: of the positive numbers at the lower one of
-        ``"dynamic_unsigned"``, and of those below -0.993 of the largest of a block of
-        ``"dynamic"``).
+        at the ends of the code: of the smallest positive numbers of ``"dynamic_unsigned"``, and of
+        those within 1 % of the largest of a block of ``"dynamic"`` that have the other sign).
 
     Returns:
       The quantised array.
@@ -139,10 +141,10 @@ def quantize(
 @functools.partial(jax.jit, static_argnames=("code", "block_size"))
 def _quantized(x: jax.Array, key: jax.Array | None, code: CodeName, block_size: int) -> Quantized:
     chosen, wide = CODES[code], x.astype(jnp.float32)
-    scales = _scales(wide, block_size)
+    scales = _scales(wide, block_size, chosen.signed_scale)
     spread = _spread(scales, block_size, wide)
-    is_positive = spread > 0  # also false of NaN
-    quotients = jnp.where(is_positive, wide / jnp.where(is_positive, spread, 1.0), 0.0)
+    divides = jnp.abs(spread) > 0  # also false of NaN
+    quotients = jnp.where(divides, wide / jnp.where(divides, spread, 1.0), 0.0)
     if chosen.floor is not None:
         # Of x, not of the quotient, which may underflow.
         quotients = jnp.where(wide > 0, jnp.maximum(quotients, chosen.floor), 0.0)
@@ -174,8 +176,8 @@ def dequantize(q: Quantized, dtype: Any = None) -> jax.Array:
     return (values * _spread(q.scales, q.block_size, values)).astype(dtype or q.dtype)
 
 
-def _scales(x: jax.Array, block_size: int) -> jax.Array:
-    """The largest absolute value of every block, NaN where one is not finite."""
+def _scales(x: jax.Array, block_size: int, signed: bool) -> jax.Array:
+    """The largest absolute value of every block, with its sign or not; NaN where not all finite."""
     count, rest = -(-x.shape[-1] // block_size), -x.shape[-1] % block_size
     if _sharding.is_sharded(x, (-1,)) and (rest or count % _sharding.shards(x, -1)):
         x = _sharding.replicate(x, (-1,))  # a block would have parts on several devices
@@ -184,8 +186,12 @@ def _scales(x: jax.Array, block_size: int) -> jax.Array:
     blocks = x.reshape(*x.shape[:-1], count, block_size)
     # Whether comparisons see NaN differs between devices.
     is_finite = jnp.all(jnp.isfinite(blocks), axis=-1)
-    largest = jnp.where(is_finite, jnp.max(jnp.abs(blocks), axis=-1), jnp.nan)
-    return _sharding.replicate(largest, (-1,))
+    if signed:
+        high, low = jnp.max(blocks, axis=-1), jnp.min(blocks, axis=-1)
+        largest = jnp.where(high >= -low, high, low)
+    else:
+        largest = jnp.max(jnp.abs(blocks), axis=-1)
+    return _sharding.replicate(jnp.where(is_finite, largest, jnp.nan), (-1,))
 
 
 def _spread(scales: jax.Array, block_size: int, like: jax.Array) -> jax.Array:

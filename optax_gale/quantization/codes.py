@@ -67,6 +67,8 @@ class Code:
       decode: the numbers, float32, at int32 places.
       floor: None, or what no positive number is rounded below. A second moment of zero beside a
         first moment that is not would make the step explode: ``m / (sqrt(0) + eps)``.
+      signed_scale: whether blocks are divided by a number that may be negative: the code has 1 but
+        not -1.
     """
 
     dtype: Any
@@ -76,6 +78,7 @@ class Code:
     encode: Callable[[jax.Array], jax.Array]
     decode: Callable[[jax.Array], jax.Array]
     floor: float | None = None
+    signed_scale: bool = False
 
 
 class _Dynamic:
@@ -130,7 +133,7 @@ def _signed_dynamic() -> Code:
         size = numbers.decode(jnp.abs(place - zero))
         return jnp.where(place < zero, -size, size)
 
-    return Code(jnp.uint8, 8, 0, zero + numbers.last, encode, decode)
+    return Code(jnp.uint8, 8, 0, zero + numbers.last, encode, decode, signed_scale=True)
 
 
 def _unsigned_dynamic() -> Code:

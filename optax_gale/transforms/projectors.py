@@ -132,7 +132,7 @@ def refreshed(
             out[position] = _replaced(current[position], new_projectors[leaf], taken, start)
             for k in mine:
                 old = moments.values[k]
-                values[k] = _replaced(old, storage.quantized_as(old, carried[k]), taken, start)
+                values[k] = _replaced(old, storage.quantized_anew(old, carried[k]), taken, start)
         return out, values
 
     new, values = refresh.run(planned, count, asked, keep, refresh_unit)

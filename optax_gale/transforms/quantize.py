@@ -53,9 +53,9 @@ def quantize_states(
 
     At every step the moments are read, ``x = s_b c(code)`` with the scale ``s_b`` of their block,
     the inner runs in float32 (float64 where the parameters are), and the new ones are stored. The
-    code c is the dynamic one of bitsandbytes: signed for first moments, unsigned for second ones,
-    ``1 + 4 / block_size`` bytes an element. Blocks run along the last axis, so codes have the shape
-    and can have the sharding of what they stand for.
+    code c is the dynamic one of bitsandbytes (`optax_gale.quantization.dynamic_map`): signed for
+    first moments, unsigned for second ones, ``1 + 4 / block_size`` bytes an element. Blocks run
+    along the last axis, so codes have the shape and can have the sharding of what they stand for.
 
     A second moment that is not zero is never rounded to zero but up to the smallest number of its
     block, 3.25e-7 of the largest: beside a first moment that is not zero, zero would make a step of
@@ -69,7 +69,8 @@ def quantize_states(
     Args:
       inner: any transformation; `gale` also keeps its own inner's moments this way with
         ``state_dtype="int8"``.
-      block_size: elements along the last axis that share a scale.
+      block_size: elements along the last axis that share a scale: 256 as in bitsandbytes; 2048 in
+        the paper.
       min_size: arrays with fewer elements than this stay as they are.
       stochastic_rounding: rounds at random, to the right mean, instead of to the nearest number:
         averages then follow changes that are smaller than half the distance of two numbers.

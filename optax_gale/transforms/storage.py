@@ -46,11 +46,9 @@ def boxed_value(stored: Any, x: Any = None) -> Any:
     return trees.rebox(box, x) if trees.is_box(box) else x
 
 
-def quantized(
-    boxed: Any, code: CodeName, block_size: int, key: jax.Array | None = None
-) -> Quantized:
-    """Quantises an array, in a box or not."""
-    q = quantize(trees.unbox(boxed), code, block_size=block_size, key=key)
+def quantized(boxed: Any, code: CodeName, block_size: int) -> Quantized:
+    """Quantises an array that a state begins with, in a box or not."""
+    q = quantize(_computed(trees.unbox(boxed)), code, block_size=block_size)
     if not trees.is_box(boxed):
         return q
     names = trees.box_names(boxed)
@@ -64,6 +62,16 @@ def quantized(
 def quantized_as(old: Any, x: jax.Array, key: jax.Array | None = None) -> Any:
     """Another array, quantised as the old one without its boxes is; as it is, if that is not."""
     return quantize(x, old.code, block_size=old.block_size, key=key) if is_quantized(old) else x
+
+
+def quantized_anew(old: Any, x: jax.Array) -> Any:
+    """`quantized_as` for an array that may be a constant."""
+    return quantized_as(old, _computed(x)) if is_quantized(old) else x
+
+
+def _computed(x: jax.Array) -> jax.Array:
+    """Hides a constant: compilers would quantise its zeros one by one, at length."""
+    return jax.lax.optimization_barrier(x)
 
 
 def boxed_as(old: Any, new: Any) -> Any:

@@ -30,7 +30,9 @@ def numpy_quantize(x, name, block_size):
         for start in range(0, len(row), block_size):
             block = row[start : start + block_size]
             scale = np.abs(block).max()
-            if scale > 0:
+            if name == "dynamic" and scale > block.max():
+                scale = -scale
+            if scale != 0:
                 nearest = np.abs(block[:, None] / scale - numbers).argmin(axis=1)
                 if code.floor is not None:
                     nearest = np.where(block > 0, np.maximum(nearest, 1), nearest)
@@ -96,6 +98,15 @@ def test_error_relative_to_the_largest_of_the_block(code, bound, stochastic):
     relative = float(jnp.max(error.reshape(64, 5, 100) / largest[..., None]))
     assert relative <= bound * (1 + stochastic) * 1.001
     assert relative > 0.5 * bound
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_the_largest_of_a_block_is_exact_whatever_its_sign(code):
+    for sign in (1,) if code == "dynamic_unsigned" else (1, -1):
+        x = sign * jnp.asarray([[3.7, 0.1, 1.0], [0.2, -0.9 * sign, 5.3]])
+        x = jnp.abs(x) if code == "dynamic_unsigned" else x
+        got = dequantize(quantize(x, code))
+        np.testing.assert_array_equal(got[[0, 1], [0, 2]], x[[0, 1], [0, 2]])
 
 
 @pytest.mark.parametrize("code", CODES)
