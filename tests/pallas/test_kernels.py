@@ -209,12 +209,17 @@ def test_the_table_of_measurements_decides(monkeypatch):
     assert ask(rank=768) == "xla"
     assert ask(rows=False) == "mosaic_gpu"
     assert ask("8.0") == "mosaic_gpu"
+    assert ask(batch=64) == "triton"  # eight keep a GPU busy
+    more = {"xla": 2.0, "triton": 1.0, "mosaic_gpu": 0.5}
+    monkeypatch.setattr(dispatch, "_table", lambda: [*table, entry(more)])
+    assert ask() == "mosaic_gpu"  # as near, and more was measured
+    monkeypatch.setattr(dispatch, "_table", lambda: table)
     for unlike in (
         {"dtype": "float32"},
         {"kernel": "other"},
         {"n": 4095},
         {"m": 512},
-        {"batch": 64},
+        {"batch": 1},
     ):
         assert ask(**unlike) == "xla"
     assert ask("10.0") == "xla"
