@@ -18,6 +18,12 @@ from optax_gale.transforms.muon import (
 from optax_gale.transforms.partition_specs import state_partition_specs
 from optax_gale.transforms.project import GaleProjectWarning, chain, gale_project
 from optax_gale.transforms.range_finders import RangeFinder, Sketch
+from optax_gale.transforms.rounding import (
+    KahanSummationState,
+    StochasticRoundingState,
+    kahan_summation,
+    stochastic_rounding,
+)
 from optax_gale.transforms.step import GaleState
 from optax_gale.transforms.wrapper import gale
 
@@ -25,12 +31,14 @@ __all__ = [
     "GaleDimensionNumbers",
     "GaleProjectWarning",
     "GaleState",
+    "KahanSummationState",
     "LeafMemory",
     "MemoryReport",
     "RangeFinder",
     "Rotate",
     "ScaleByOrthogonalizedMomentumState",
     "Sketch",
+    "StochasticRoundingState",
     "chain",
     "gale",
     "gale_adafactor",
@@ -39,8 +47,10 @@ __all__ = [
     "gale_muon",
     "gale_project",
     "gale_sgd",
+    "kahan_summation",
     "memory_report",
     "scale_by_orthogonalized_momentum",
     "state_partition_specs",
+    "stochastic_rounding",
     "update_and_apply",
 ]
