@@ -23,7 +23,7 @@ class Prefetch:
           depth: how many batches to hold.
         """
         self.position: Any = batches.get_state()
-        self._first: Any = batches
+        self._batches: Any = batches  # until the first batch is out
         self._queue: queue.Queue[Any] = queue.Queue(depth)
         self._stopped = threading.Event()
         self._thread = threading.Thread(
@@ -54,11 +54,10 @@ class Prefetch:
 
     def __next__(self) -> Any:
         """The next batch, on the device."""
-        if self._first is not None:
-            # Not in the thread: the first run of a program must not find transfers under way (it
-            # may load cuDNN's graphs, which then fails).
-            batch = jax.block_until_ready(jax.device_put(next(self._first)))
-            self.position, self._first = self._first.get_state(), None
+        if self._batches is not None:
+            # So that no transfer is under way while the first step runs: see the training loop.
+            batch = jax.block_until_ready(jax.device_put(next(self._batches)))
+            self.position, self._batches = self._batches.get_state(), None
             return batch
         if self._thread.ident is None:
             self._thread.start()

@@ -223,11 +223,13 @@ class Trainer:
             return step == self.steps or (every > 0 and step % every == 0)
 
         with closing(Prefetch(self.batches)) as batches, closing(display):
+            # The first run of a program may load cuDNN's graphs, which fails on a busy device.
+            jax.block_until_ready(state)
             meter.run()
             for step in range(start + 1, self.steps + 1):
                 state, metrics = train_step(step, state, next(batches))
                 if step == start + 1:
-                    jax.block_until_ready(metrics)  # before the prefetching begins
+                    jax.block_until_ready(metrics)  # before the prefetching starts
                 meter.add(metrics)
                 if not (due(output.eval_every) or due(output.checkpoint_every)):
                     if (step - 1) % output.log_every == 0:
