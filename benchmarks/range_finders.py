@@ -128,7 +128,7 @@ def measure(
         parts = []
         for name, g in grads.items():
             p = state.projector[name]
-            x = g if project_rows(*g.shape[-2:], SIDE) else g.mT
+            x = g if project_rows(g.shape[-2], g.shape[-1], SIDE) else g.mT
             parts.append(
                 (jnp.sum(linalg.captured_energy(p, x) * jnp.sum(g * g, (-2, -1))), jnp.sum(g * g))
             )
