@@ -199,10 +199,10 @@ def fastest_first(problem: Problem, architecture: str) -> list[Implementation]:
     """The implementations that were measured on the problem nearest to this one, by their times.
 
     XLA alone where nothing like it was measured: another architecture, dtype or orientation, or a
-    problem more than four times as large or small in one of its dimensions. Of problems that are
-    as near, the one on which more implementations were measured counts.
+    problem more than four times as large or small in one of its dimensions. Of others that are as
+    near, the one on which more implementations were measured counts.
     """
-    best, shortest = None, (math.inf, 0)
+    best, shortest = None, (True, math.inf, 0)
     for entry in _table():
         if entry["architecture"] != architecture:
             continue
@@ -216,7 +216,8 @@ def fastest_first(problem: Problem, architecture: str) -> list[Implementation]:
         pairs = [(getattr(measured, x), getattr(problem, x)) for x in ("m", "n", "rank")]
         pairs.append((_load(measured), _load(problem)))
         steps = [abs(math.log2(a / b)) for a, b in pairs]
-        nearness = (sum(steps), -len(entry["times_ms"]))
+        another = measured != problem._replace(sharded=False)
+        nearness = (another, sum(steps), -len(entry["times_ms"]))
         if max(steps) <= 2 and nearness < shortest:
             best, shortest = entry["times_ms"], nearness
     times: dict[Implementation, float] = best or {"xla": 0.0}

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_gale import _sharding
+from optax_gale.linalg._split import rounded
 from optax_gale.transforms import trees
 from optax_gale.transforms.apply import check_transformation
 
@@ -50,7 +52,8 @@ def stochastic_rounding(
     nearness, so that :math:`\mathbb E[w_{new}] = w + u` where nearest rounding would give ``w`` for
     ever. No memory, and some noise. To be the outermost transformation, as it must know the whole
     update; float32 leaves are left alone. Its updates are such that ``optax.apply_updates`` gives
-    exactly the weights that were drawn, as long as no weight changes by more than itself.
+    exactly the weights that were drawn, where no weight more than doubles or halves; elsewhere the
+    update is rounded once more.
 
     Args:
       inner: any Optax transformation; its updates are those that are applied.
@@ -99,11 +102,12 @@ def stochastic_rounding(
             return _difference(new, leaf.value)
 
         leaves, treedef = trees.flatten(params)
+        count = optax.safe_increment(state.count)
         steps = [
             _like(u, step(leaf, trees.unbox(u))) if _is_rounded(leaf, u) else u
             for leaf, u in zip(leaves, treedef.flatten_up_to(updates), strict=True)
         ]
-        return treedef.unflatten(steps), StochasticRoundingState(state.count + 1, inner_state)
+        return treedef.unflatten(steps), StochasticRoundingState(count, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -175,7 +179,7 @@ def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransf
             total = _sum(w, trees.unbox(u)) + trees.unbox(c).astype(jnp.float32)
             step = _difference(total.astype(w.dtype), w)
             # Of the weight that applying the step gives, whatever rounding that takes.
-            missing = total - _sum(w, step).astype(w.dtype).astype(jnp.float32)
+            missing = total - _nearest(_sum(w, step), w.dtype).astype(jnp.float32)
             steps[i], left[i] = _like(u, step), _like(c, missing.astype(w.dtype))
         return treedef.unflatten(steps), KahanSummationState(treedef.unflatten(left), inner_state)
 
@@ -193,14 +197,31 @@ def round_stochastically(key: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
     Returns:
       Array of ``dtype``. What is not finite, or rounds to infinity, is rounded to nearest.
     """
-    near = x.astype(dtype)
+    near = _nearest(x, dtype)
     error = x - near.astype(jnp.float32)
     toward = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)
     other = jnp.nextafter(near, toward)
     gap = jnp.abs(other.astype(jnp.float32) - near.astype(jnp.float32))
-    # 24 bits: the error is a multiple of 2**-24 of the larger of the two gaps around it.
-    is_other = jax.random.uniform(key, x.shape) * gap < jnp.abs(error)
+    is_other = _uniform(key, x) * gap < jnp.abs(error)
     return jnp.where(is_other & jnp.isfinite(other), other, near)
+
+
+def _nearest(x: jax.Array, dtype: Any) -> jax.Array:
+    """Rounds to nearest, in a way that makes everyone read the rounded numbers.
+
+    Of a mere cast, compilers may give those who cast back what was there before.
+    """
+    if dtype == jnp.bfloat16:
+        return rounded(x)
+    # Not `lax.reduce_precision`, which has no subnormal numbers.
+    return jax.lax.optimization_barrier(x.astype(dtype))
+
+
+def _uniform(key: jax.Array, x: jax.Array) -> jax.Array:
+    """Draws from [0, 1), each device what it needs."""
+    if not any(_sharding.spec_of(x)):
+        return jax.random.uniform(key, x.shape)
+    return jax.random.uniform(key, x.shape, out_sharding=jax.typeof(x).sharding)
 
 
 def _is_half(dtype: Any) -> bool:
@@ -216,7 +237,7 @@ def _sum(w: jax.Array, u: jax.Array) -> jax.Array:
 
 
 def _difference(new: jax.Array, old: jax.Array) -> jax.Array:
-    """What to add for ``new``; exact unless the two are further apart than their sizes."""
+    """What to add for ``new``; exact if it is between half of and twice ``old``, or that is 0."""
     return (new.astype(jnp.float32) - old.astype(jnp.float32)).astype(old.dtype)
 
 
