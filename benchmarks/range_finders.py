@@ -28,6 +28,9 @@ from examples.flax_llama.data import DataConfig
 from examples.flax_llama.model import Llama, next_token_loss
 from examples.flax_llama.sizes import get_size
 from optax_gale import linalg
+from optax_gale.transforms.selection import Side, project_rows
+
+SIDE: Side = "short"  # the library's default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +116,7 @@ def measure(
 ) -> tuple[dict[int, float], float]:
     """Captured energy at every step, and the median seconds of one refresh of all matrices."""
     choose = optax_gale.gale(
-        optax.identity(), rank, update_proj_gap=1, side="long", range_finder=finder, select=True
+        optax.identity(), rank, update_proj_gap=1, side=SIDE, range_finder=finder, select=True
     )
 
     @jax.jit
@@ -125,7 +128,7 @@ def measure(
         parts = []
         for name, g in grads.items():
             p = state.projector[name]
-            x = g if g.shape[-2] >= g.shape[-1] else g.mT
+            x = g if project_rows(g.shape[-2], g.shape[-1], SIDE) else g.mT
             parts.append(
                 (jnp.sum(linalg.captured_energy(p, x) * jnp.sum(g * g, (-2, -1))), jnp.sum(g * g))
             )

@@ -57,6 +57,13 @@ def match(x: jax.Array, like: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec_of(like))))
 
 
+def uniform(key: jax.Array, like: jax.Array) -> jax.Array:
+    """Draws from [0, 1) for every element of ``like``, each device what it needs."""
+    if not any(spec_of(like)):
+        return jax.random.uniform(key, like.shape)
+    return jax.random.uniform(key, like.shape, out_sharding=jax.typeof(like).sharding)
+
+
 def per_matrix(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """Applies ``f`` to a stack of whole matrices, on each device to those that it holds.
 

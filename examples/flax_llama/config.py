@@ -167,6 +167,9 @@ class TrainingOptions:
     """Global norm to which gradients are clipped, before any projection; 0 turns it off."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
+    rounding: Literal["nearest", "stochastic", "kahan"] = "nearest"
+    """How new bfloat16 weights are rounded: to nearest, at random, or with what rounding takes kept
+    beside them in as much memory as the weights."""
     host_refresh: bool = False
     """Let the host choose the steps that refresh: two executables, no conditional in either."""
 
@@ -280,6 +283,8 @@ def _check_run(config: TrainConfig | CompareConfig) -> None:
     config.model.check()
     config.training.check()
     config.output.check()
+    if config.training.rounding != "nearest" and config.model.param_dtype == "float32":
+        raise UserError("--rounding is for weights in half precision: add --param-dtype bfloat16")
     longest = SIZES[config.model.size].max_length
     if config.data.sequence_length > longest:
         raise UserError(

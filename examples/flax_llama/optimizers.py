@@ -324,7 +324,7 @@ def _check(settings: Settings, size: LlamaSize) -> None:
 def build(
     name: str, settings: Settings, training: TrainingOptions
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes an optimizer: clipping, then the transformation with its schedule.
+    """Makes an optimizer: clipping, the transformation with its schedule, and the rounding.
 
     Args:
       name: a name of the table.
@@ -346,7 +346,15 @@ def build(
     with refusals(name):
         tx = recipe.build(settings, functools.partial(schedule, training=training))
     clip = optax.clip_by_global_norm(training.clip_norm) if training.clip_norm else optax.identity()
-    return optax_gale.chain(clip, tx)
+    return _rounded(optax_gale.chain(clip, tx), training)
+
+
+def _rounded(
+    tx: optax.GradientTransformationExtraArgs, training: TrainingOptions
+) -> optax.GradientTransformationExtraArgs:
+    if training.rounding == "stochastic":
+        return optax_gale.stochastic_rounding(tx, seed=training.seed)
+    return optax_gale.kahan_summation(tx) if training.rounding == "kahan" else tx
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -16,24 +17,27 @@ class Prefetch:
     """
 
     def __init__(self, batches: Any, *, depth: int = 4):
-        """Prepares the thread, which starts with the second batch.
+        """Starts the thread.
 
         Args:
           batches: an iterator of dictionaries of NumPy arrays, with Grain's ``get_state``.
           depth: how many batches to hold.
         """
         self.position: Any = batches.get_state()
-        self._first: Any = batches
+        self._transfer = threading.Lock()
         self._queue: queue.Queue[Any] = queue.Queue(depth)
         self._stopped = threading.Event()
         self._thread = threading.Thread(
             target=self._fill, args=(batches,), name="prefetch", daemon=True
         )
+        self._thread.start()
 
     def _fill(self, batches: Any) -> None:
         try:
             for batch in batches:
-                if not self._put((jax.device_put(batch), batches.get_state())):
+                with self._transfer:
+                    on_device = jax.block_until_ready(jax.device_put(batch))
+                if not self._put((on_device, batches.get_state())):
                     return
             self._put(StopIteration())
         except BaseException as error:  # handed over to the thread that consumes
@@ -54,22 +58,19 @@ class Prefetch:
 
     def __next__(self) -> Any:
         """The next batch, on the device."""
-        if self._first is not None:
-            # Not in the thread: the first run of a program must not find transfers under way (it
-            # may load cuDNN's graphs, which then fails).
-            batch = jax.block_until_ready(jax.device_put(next(self._first)))
-            self.position, self._first = self._first.get_state(), None
-            return batch
-        if self._thread.ident is None:
-            self._thread.start()
         item = self._queue.get()
         if isinstance(item, BaseException):
             raise item
         batch, self.position = item
         return batch
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No transfer is under way within this context."""
+        with self._transfer:
+            yield
+
     def close(self) -> None:
         """Stops the thread."""
         self._stopped.set()
-        if self._thread.ident is not None:
-            self._thread.join()
+        self._thread.join()

@@ -25,7 +25,6 @@ from examples.flax_llama.prefetch import Prefetch
 from examples.flax_llama.sizes import count_params
 from examples.flax_llama.step import (
     Evaluation,
-    Metrics,
     TrainState,
     make_evaluate,
     make_train_step,
@@ -213,7 +212,9 @@ class Trainer:
         """The loop. Returns the last state, the seconds behind it and its validation."""
         start, output = int(state.step), self.config.output
         self._say("Compiling.")
-        train_step = self._compile(state)
+        programs = self._compile(state)
+        # The first run of a program may load cuDNN's graphs, which fails on a busy device.
+        begun = set[Callable[..., Any]]()
         display = Display(self.console, steps=self.steps, start=start, bar=output.progress)
         tokens_per_step = self.config.training.batch_size * self.corpus.sequence_length
         meter = Meter(log, display, step=start, tokens_per_step=tokens_per_step, seconds=seconds)
@@ -225,9 +226,14 @@ class Trainer:
         with closing(Prefetch(self.batches)) as batches, closing(display):
             meter.run()
             for step in range(start + 1, self.steps + 1):
-                state, metrics = train_step(step, state, next(batches))
-                if step == start + 1:
-                    jax.block_until_ready(metrics)  # before the prefetching begins
+                program, batch = programs(step), next(batches)
+                if program in begun:
+                    state, metrics = program(state, batch)
+                else:
+                    begun.add(program)
+                    with batches.paused():
+                        jax.block_until_ready(state)
+                        state, metrics = jax.block_until_ready(program(state, batch))
                 meter.add(metrics)
                 if not (due(output.eval_every) or due(output.checkpoint_every)):
                     if (step - 1) % output.log_every == 0:
@@ -236,7 +242,8 @@ class Trainer:
                     continue
                 meter.report()
                 if due(output.eval_every):
-                    evaluation = self._validate(step, state, log)
+                    with batches.paused():
+                        evaluation = self._validate(step, state, log)
                     display.say(
                         f"step {step}: validation loss {evaluation.loss:.4f}, "
                         f"perplexity {evaluation.perplexity:.2f}"
@@ -247,8 +254,8 @@ class Trainer:
                 meter.run()
         return state, meter.seconds, evaluation
 
-    def _compile(self, state: TrainState) -> Callable[[int, TrainState, Any], Any]:
-        """Compiles the step. The result takes the number of the step, from 1, as well."""
+    def _compile(self, state: TrainState) -> Callable[[int], Callable[[TrainState, Any], Any]]:
+        """Compiles the step; the result tells which program takes a step, numbered from 1."""
         training = self.config.training
         schedule = optimizers.schedule(self.settings["learning_rate"], training)
         train_step = make_train_step(self.model, self.tx, schedule, self.config.model.loss_chunks)
@@ -261,11 +268,10 @@ class Trainer:
         refreshes = (None,) if gap is None else (True, False)
         compiled = {r: train_step.lower(state, batch, refresh=r).compile() for r in refreshes}
 
-        def run(step: int, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-            refresh = None if gap is None else (step - 1) % gap == 0
-            return compiled[refresh](state, batch)
+        def program(step: int) -> Callable[[TrainState, Any], Any]:
+            return compiled[None if gap is None else (step - 1) % gap == 0]
 
-        return run
+        return program
 
     def _validate(self, step: int, state: TrainState, log: MetricsLog) -> Evaluation:
         evaluation = self.evaluate(state.params, self.validation)

@@ -124,6 +124,8 @@ def _long_product(subscripts: str, a: jax.Array, b: jax.Array, i: int, j: int) -
 
 
 def is_fast() -> bool:
-    """Whether the device has tensor cores: it is an NVIDIA GPU."""
+    """Whether the device has tensor cores for bfloat16: an NVIDIA GPU from Ampere on."""
     device = jax.devices()[0]
-    return device.platform == "gpu" and "cuda" in device.client.platform_version
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return False
+    return float(getattr(device, "compute_capability", 0)) >= 8

@@ -16,6 +16,7 @@ from jax.custom_batching import custom_vmap
 from optax_gale._sharding import spec_of
 
 Implementation = Literal["xla", "mosaic_gpu", "triton"]
+_BUSY = 2**27
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "mosaic_gpu", "triton")
 
 
@@ -198,9 +199,10 @@ def fastest_first(problem: Problem, architecture: str) -> list[Implementation]:
     """The implementations that were measured on the problem nearest to this one, by their times.
 
     XLA alone where nothing like it was measured: another architecture, dtype or orientation, or a
-    problem more than four times as large or small in one of its dimensions.
+    problem more than four times as large or small in one of its dimensions. Of others that are as
+    near, the one on which more implementations were measured counts.
     """
-    best, shortest = None, math.inf
+    best, shortest = None, (True, math.inf, 0)
     for entry in _table():
         if entry["architecture"] != architecture:
             continue
@@ -212,12 +214,19 @@ def fastest_first(problem: Problem, architecture: str) -> list[Implementation]:
         if (measured.n % 8 == 0) != (problem.n % 8 == 0):
             continue
         pairs = [(getattr(measured, x), getattr(problem, x)) for x in ("m", "n", "rank")]
-        pairs.append((measured.leaves * measured.batch, problem.leaves * problem.batch))
+        pairs.append((_load(measured), _load(problem)))
         steps = [abs(math.log2(a / b)) for a, b in pairs]
-        if max(steps) <= 2 and sum(steps) < shortest:
-            best, shortest = entry["times_ms"], sum(steps)
+        another = measured != problem._replace(sharded=False)
+        nearness = (another, sum(steps), -len(entry["times_ms"]))
+        if max(steps) <= 2 and nearness < shortest:
+            best, shortest = entry["times_ms"], nearness
     times: dict[Implementation, float] = best or {"xla": 0.0}
     return sorted(times, key=lambda name: times[name])
+
+
+def _load(problem: Problem) -> int:
+    """Elements of all matrices, up to where a GPU is busy and the time grows in proportion."""
+    return min(problem.leaves * problem.batch * problem.m * problem.n, _BUSY)
 
 
 @functools.cache

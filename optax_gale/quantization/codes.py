@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_gale import _sharding
+
 CodeName = Literal["dynamic", "dynamic_unsigned", "int8", "int4"]
 
 _DECADES = 7  # bits of the exponent at most: powers of ten from 1e-6 to 1
@@ -172,4 +174,4 @@ def neighbour(code: Code, x: jax.Array, key: jax.Array) -> jax.Array:
     nearest = code.encode(x)
     below = jnp.clip(nearest - (code.decode(nearest) > x), code.lowest, code.highest - 1)
     low, high = code.decode(below), code.decode(below + 1)
-    return below + (jax.random.uniform(key, x.shape) < (x - low) / (high - low))
+    return below + (_sharding.uniform(key, x) < (x - low) / (high - low))

@@ -19,6 +19,12 @@ from optax_gale.transforms.partition_specs import state_partition_specs
 from optax_gale.transforms.project import GaleProjectWarning, chain, gale_project
 from optax_gale.transforms.quantize import QuantizeStatesState, quantize_states
 from optax_gale.transforms.range_finders import RangeFinder, Sketch
+from optax_gale.transforms.rounding import (
+    KahanSummationState,
+    StochasticRoundingState,
+    kahan_summation,
+    stochastic_rounding,
+)
 from optax_gale.transforms.step import GaleState
 from optax_gale.transforms.wrapper import gale
 
@@ -26,6 +32,7 @@ __all__ = [
     "GaleDimensionNumbers",
     "GaleProjectWarning",
     "GaleState",
+    "KahanSummationState",
     "LeafMemory",
     "MemoryReport",
     "QuantizeStatesState",
@@ -33,6 +40,7 @@ __all__ = [
     "Rotate",
     "ScaleByOrthogonalizedMomentumState",
     "Sketch",
+    "StochasticRoundingState",
     "chain",
     "gale",
     "gale_adafactor",
@@ -41,9 +49,11 @@ __all__ = [
     "gale_muon",
     "gale_project",
     "gale_sgd",
+    "kahan_summation",
     "memory_report",
     "quantize_states",
     "scale_by_orthogonalized_momentum",
     "state_partition_specs",
+    "stochastic_rounding",
     "update_and_apply",
 ]

@@ -21,6 +21,10 @@ from optax_gale.transforms import dataflow
 _WITH_FUNCTIONS = {"scan", "while", "cond", "reduce", "reduce_window", "reduce_precision"}
 
 
+# Primitives that give something else every time.
+_UNREPEATABLE = {"rng_uniform"}
+
+
 class Equation(NamedTuple):
     """An equation of a flattened jaxpr.
 
@@ -134,7 +138,7 @@ class Analysis:
         inputs = [_literal_key(x) if isinstance(x, Literal) else x for x in operands]
         key: Hashable = (eqn.primitive, *params, *inputs)
         try:
-            if key in self._known:
+            if key in self._known and eqn.primitive.name not in _UNREPEATABLE:
                 return self._known[key]
         except TypeError:  # a parameter that cannot be hashed
             key = len(self._equations)
@@ -264,15 +268,20 @@ class Analysis:
         def array(number: int) -> jax.Array:
             return jax.numpy.asarray(values[number])
 
-        out = [
-            None
-            if position in elsewhere
-            else jax.numpy.asarray(x.val)
-            if isinstance(x, Literal)
-            else array(x)
-            for position, x in enumerate(self._outputs)
-        ]
         last = self._leaves + self._state
+        out: list[Any] = []
+        given: set[int] = set()
+        for position, x in enumerate(self._outputs):
+            if position in elsewhere:
+                out.append(None)
+            elif isinstance(x, Literal):
+                out.append(jax.numpy.asarray(x.val))
+            elif x in given and position < last:
+                # Equal values are one, but a state whose arrays are may not be donated.
+                out.append(jax.numpy.array(array(x), copy=True))
+            else:
+                given.add(x)
+                out.append(array(x))
         scalars = {i: [array(x) for x in self.programs[i].scalars] for i in kernels}
         return Evaluation(out[: self._leaves], out[self._leaves : last], out[last:], scalars)
 

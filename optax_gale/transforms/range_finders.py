@@ -95,37 +95,18 @@ class Sketch:
         self, x: jax.Array, *, rank: int, key: jax.Array, previous: jax.Array
     ) -> jax.Array:
         """Finds the projectors of ``x`` (see `RangeFinder`)."""
-        [p] = self.together([x], rank=rank, keys=[key], previous=[previous])
+        [p] = self._together([x], rank, [key], [previous], [previous])
         return p
 
-    def together(
+    def _together(
         self,
         xs: Sequence[jax.Array],
-        *,
         rank: int,
         keys: Sequence[jax.Array],
         previous: Sequence[jax.Array],
+        fallbacks: Sequence[jax.Array],
     ) -> list[jax.Array]:
         """Finds the projectors of several leaves of one rank, which can be faster."""
-        return self._found(xs, rank, keys, previous, fallbacks=previous)
-
-    def usable(
-        self,
-        xs: Sequence[jax.Array],
-        *,
-        rank: int,
-        keys: Sequence[jax.Array],
-        previous: Sequence[jax.Array],
-    ) -> list[tuple[jax.Array, jax.Array]]:
-        """As `together`; tells also which projectors ``(*batch,)`` were found, without fallback."""
-        nothing = [jnp.full_like(p, jnp.nan) for p in previous]
-        ps = self._found(xs, rank, keys, previous, fallbacks=nothing)
-        found = [jnp.isfinite(jnp.sum(p, axis=(-2, -1))) for p in ps]
-        if self.sample_fraction < 1:  # what was not read may not be finite
-            found = [_says_something(x) & yes for x, yes in zip(xs, found, strict=True)]
-        return list(zip(ps, found, strict=True))
-
-    def _found(self, xs, rank, keys, previous, fallbacks):
         return linalg.range_finders(
             keys,
             xs,
@@ -240,14 +221,17 @@ def _together(sketch: Sketch, requests: Sequence[Request]) -> list[tuple[jax.Arr
     out: list[Any] = [None] * len(requests)
     for rank in dict.fromkeys(request.rank for request in requests):
         places = [i for i, request in enumerate(requests) if request.rank == rank]
-        found = sketch.usable(
-            [_oriented(requests[i]) for i in places],
-            rank=rank,
-            keys=[requests[i].key for i in places],
-            previous=[requests[i].previous for i in places],
-        )
-        for i, p in zip(places, found, strict=True):
-            out[i] = p
+        xs = [_oriented(requests[i]) for i in places]
+        previous = [requests[i].previous for i in places]
+        # A sketch that says nothing leaves no projector, so that none needs to be looked for in G.
+        nothing = [jnp.full_like(p, jnp.nan) for p in previous]
+        keys = [requests[i].key for i in places]
+        ps = sketch._together(xs, rank, keys, previous, nothing)
+        for i, x, p in zip(places, xs, ps, strict=True):
+            usable = jnp.isfinite(jnp.sum(p, axis=(-2, -1)))
+            if sketch.sample_fraction < 1:  # what was not read may not be finite
+                usable = usable & _says_something(x)
+            out[i] = p, usable
     return out
 
 

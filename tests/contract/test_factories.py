@@ -96,6 +96,10 @@ _FACTORIES: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
     "gale with a custom range finder": lambda: optax_gale.gale(
         optax.adamw(optax.cosine_decay_schedule(0.05, 400)), **_at, range_finder=_householder
     ),
+    "stochastic rounding": lambda: optax_gale.stochastic_rounding(
+        optax_gale.gale_adamw(0.03, **_at)
+    ),
+    "kahan summation": lambda: optax_gale.kahan_summation(optax_gale.gale_lion(0.01, **_at)),
     "chain": lambda: _chained([], {}, optax.adamw(0.03)),
     "chain of stages": lambda: _chained(
         [optax.scale(1.0)],

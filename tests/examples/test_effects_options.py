@@ -208,6 +208,11 @@ def momentum_dtype(run):
     return dtypes(state_leaves(run.shapes.opt_state, "trace").values())
 
 
+def rounding(run):
+    name = type(run.shapes.opt_state).__name__
+    return name if name in ("StochasticRoundingState", "KahanSummationState") else None
+
+
 def recorded(kind):
     def steps(run):
         return [r["step"] for r in read_records(run.folder / "metrics.jsonl") if r["kind"] == kind]
@@ -263,6 +268,9 @@ EFFECTS = [
     ({**GALE, "state_dtype": "bfloat16"}, moment_dtypes, [BF16, BF16]),
     ({**GALE, "state_dtype": "int8"}, moment_dtypes_of_the_embedding, [{"uint8", "float32"}] * 2),
     ({**GALE, "mu_dtype": "bfloat16"}, moment_dtypes, [BF16, F32]),
+    ({"param_dtype": "bfloat16"}, rounding, None),
+    ({"param_dtype": "bfloat16", "rounding": "stochastic"}, rounding, "StochasticRoundingState"),
+    ({"param_dtype": "bfloat16", "rounding": "kahan"}, rounding, "KahanSummationState"),
     ({}, momentum_dtype, F32),
     ({"accumulator_dtype": "bfloat16"}, momentum_dtype, BF16),
     ({}, recorded("speed"), [5, 10, 12]),

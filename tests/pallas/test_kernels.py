@@ -209,12 +209,18 @@ def test_the_table_of_measurements_decides(monkeypatch):
     assert ask(rank=768) == "xla"
     assert ask(rows=False) == "mosaic_gpu"
     assert ask("8.0") == "mosaic_gpu"
+    assert ask(batch=64) == "triton"  # eight keep a GPU busy
+    more = {"xla": 2.0, "triton": 1.0, "mosaic_gpu": 0.5}
+    monkeypatch.setattr(dispatch, "_table", lambda: [*table, entry(more, batch=16)])
+    assert ask() == "triton"  # measured on this very problem
+    assert ask(batch=64) == "mosaic_gpu"  # both are as near, and more was measured
+    monkeypatch.setattr(dispatch, "_table", lambda: table)
     for unlike in (
         {"dtype": "float32"},
         {"kernel": "other"},
         {"n": 4095},
         {"m": 512},
-        {"batch": 64},
+        {"batch": 1},
     ):
         assert ask(**unlike) == "xla"
     assert ask("10.0") == "xla"
@@ -253,6 +259,8 @@ def test_the_stored_table_is_well_formed():
         assert set(row["times_ms"]) <= set(dispatch.IMPLEMENTATIONS)
         assert "xla" in row["times_ms"]
         assert all(t > 0 for t in row["times_ms"].values())
+        fastest = min(row["times_ms"], key=row["times_ms"].get)
+        assert dispatch.fastest_first(problem, row["architecture"])[0] == fastest
 
 
 def test_under_vmap_xla_serves():

@@ -360,3 +360,22 @@ def test_what_is_wrong_is_said():
             ValueError, match=f"'{implementation}' cannot serve .* float32 matrices"
         ):
             optax_gale.update_and_apply(tx, params, state, params, implementation=implementation)
+
+
+def test_equal_arrays_of_a_state_can_be_donated(kernels):
+    """They are computed once, but are not one array, outside jit too."""
+
+    def update(updates, state, params=None):
+        del params
+        again = jax.tree.map(jnp.zeros_like, state)
+        return jax.tree.map(lambda u: -1e-2 * u, updates), again
+
+    def init(params):
+        return {name: jax.tree.map(jnp.ones_like, params) for name in ("a", "b")}
+
+    inner = optax.GradientTransformation(init, update)
+    tx = gale(inner, moments="keep")
+    params = {"wide": draw(0)["wide"]}
+    _, state = optax_gale.update_and_apply(tx, params, tx.init(params), params)
+    assert kernels == [1]
+    jax.jit(lambda state: jax.tree.map(jnp.add, state, state), donate_argnums=0)(state)

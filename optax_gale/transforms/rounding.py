@@ -1,0 +1,245 @@
+"""Half-precision weights that small updates are not lost in.
+
+A bfloat16 weight has 8 significant bits: an update below 1/512 of it is rounded away, however often
+it comes. Two remedies: rounding up or down at random, so that updates arrive on average, and
+keeping what was rounded away.
+"""
+
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_gale import _sharding
+from optax_gale.linalg._split import rounded
+from optax_gale.transforms import trees
+from optax_gale.transforms.apply import check_transformation
+
+
+class StochasticRoundingState(NamedTuple):
+    """State of `stochastic_rounding`.
+
+    Attributes:
+      count: steps taken, int32.
+      inner_state: the inner's state.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # tuple.count is not needed
+    inner_state: optax.OptState
+
+
+class KahanSummationState(NamedTuple):
+    """State of `kahan_summation`.
+
+    Attributes:
+      compensation: what is missing in every half-precision parameter, of its shape and dtype;
+        `optax.MaskedNode` (no array) for the others.
+      inner_state: the inner's state.
+    """
+
+    compensation: Any
+    inner_state: optax.OptState
+
+
+def stochastic_rounding(
+    inner: optax.GradientTransformation, *, seed: int = 0
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rounds new half-precision weights up or down at random, right on average.
+
+    Of the two numbers next to ``w + u``, each is taken with a probability in proportion to its
+    nearness, so that :math:`\mathbb E[w_{new}] = w + u` where nearest rounding would give ``w`` for
+    ever. No memory, and some noise. To be the outermost transformation, as it must know the whole
+    update; float32 leaves are left alone. Its updates are such that ``optax.apply_updates`` gives
+    exactly the weights that were drawn, where no weight more than doubles or halves; elsewhere the
+    update is rounded once more.
+
+    Args:
+      inner: any Optax transformation; its updates are those that are applied.
+      seed: all draws derive from it, the leaf and the step, so that runs repeat.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      TypeError: if ``inner`` is no transformation.
+      ValueError: in ``update``, if it gets no ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_gale
+      >>> tx = optax_gale.stochastic_rounding(optax.sgd(1e-4))
+      >>> params = {"w": jnp.ones(10_000, jnp.bfloat16)}
+      >>> updates, _ = tx.update({"w": jnp.ones_like(params["w"])}, tx.init(params), params)
+      >>> new = optax.apply_updates(params, updates)["w"]  # most are 1 still, some 1 - 2**-8
+      >>> round(1 - float(new.astype(jnp.float32).mean()), 5)
+      0.0001
+
+    References:
+      Gupta et al., `Deep Learning with Limited Numerical Precision
+      <https://arxiv.org/abs/1502.02551>`_, 2015; Zamirai et al., `Revisiting BFloat16 Training
+      <https://arxiv.org/abs/2010.06192>`_, 2020.
+    """
+    check_transformation("inner", inner)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> StochasticRoundingState:
+        return StochasticRoundingState(jnp.zeros((), jnp.int32), inner.init(params))
+
+    def update(
+        updates: optax.Updates,
+        state: StochasticRoundingState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, StochasticRoundingState]:
+        _check_params("stochastic_rounding", params)
+        updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.count)
+
+        def step(leaf: trees.Leaf, u: jax.Array) -> jax.Array:
+            own = jax.random.fold_in(key, zlib.crc32(leaf.path.encode()))
+            new = round_stochastically(own, _sum(leaf.value, u), leaf.value.dtype)
+            return _difference(new, leaf.value)
+
+        leaves, treedef = trees.flatten(params)
+        count = optax.safe_increment(state.count)
+        steps = [
+            _like(u, step(leaf, trees.unbox(u))) if _is_rounded(leaf, u) else u
+            for leaf, u in zip(leaves, treedef.flatten_up_to(updates), strict=True)
+        ]
+        return treedef.unflatten(steps), StochasticRoundingState(count, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps what rounding takes from half-precision weights, and adds it to the next update.
+
+    With the compensation :math:`c`, of the weight's dtype,
+
+    .. math::
+        s = w + u + c, \quad w_{new} = \operatorname{round}(s), \quad c_{new} = s - w_{new},
+
+    in float32. Weight and compensation hold twice as many bits as the weight, for as much memory as
+    a copy of it. To be the outermost transformation, as it must know the whole update; float32
+    leaves are left alone.
+
+    Args:
+      inner: any Optax transformation; its updates are those that are applied.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      TypeError: if ``inner`` is no transformation.
+      ValueError: in ``update``, if it gets no ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_gale
+      >>> tx = optax_gale.kahan_summation(optax.sgd(1e-4))
+      >>> params = {"w": jnp.ones(4, jnp.bfloat16)}
+      >>> state = tx.init(params)
+      >>> for _ in range(100):
+      ...     updates, state = tx.update({"w": jnp.ones_like(params["w"])}, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> float(params["w"][0])  # 1 - 100 * 1e-4, where plain bfloat16 stays at 1
+      0.98828125
+
+    References:
+      Kahan, Further remarks on reducing truncation errors, 1965; Zamirai et al., `Revisiting
+      BFloat16 Training <https://arxiv.org/abs/2010.06192>`_, 2020.
+    """
+    check_transformation("inner", inner)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> KahanSummationState:
+        leaves, treedef = trees.flatten(params)
+        compensation = [
+            trees.rebox(leaf.box, jnp.zeros_like(leaf.value))
+            if _is_half(leaf.value.dtype)
+            else optax.MaskedNode()
+            for leaf in leaves
+        ]
+        return KahanSummationState(treedef.unflatten(compensation), inner.init(params))
+
+    def update(
+        updates: optax.Updates,
+        state: KahanSummationState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, KahanSummationState]:
+        _check_params("kahan_summation", params)
+        updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        leaves, treedef = trees.flatten(params)
+        steps, left = treedef.flatten_up_to(updates), treedef.flatten_up_to(state.compensation)
+        for i, (leaf, u, c) in enumerate(zip(leaves, steps, left, strict=True)):
+            if not _is_rounded(leaf, u):
+                continue
+            w = leaf.value
+            total = _sum(w, trees.unbox(u)) + trees.unbox(c).astype(jnp.float32)
+            step = _difference(total.astype(w.dtype), w)
+            # Of the weight that applying the step gives, whatever rounding that takes.
+            missing = total - _nearest(_sum(w, step), w.dtype).astype(jnp.float32)
+            steps[i], left[i] = _like(u, step), _like(c, missing.astype(w.dtype))
+        return treedef.unflatten(steps), KahanSummationState(treedef.unflatten(left), inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def round_stochastically(key: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
+    """Rounds float32 numbers to one of the two nearest of half precision, right on average.
+
+    Args:
+      key: a PRNG key.
+      x: float32 array.
+      dtype: bfloat16 or float16.
+
+    Returns:
+      Array of ``dtype``. What is not finite, or rounds to infinity, is rounded to nearest.
+    """
+    near = _nearest(x, dtype)
+    error = x - near.astype(jnp.float32)
+    toward = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)
+    other = jnp.nextafter(near, toward)
+    gap = jnp.abs(other.astype(jnp.float32) - near.astype(jnp.float32))
+    is_other = _sharding.uniform(key, x) * gap < jnp.abs(error)
+    return jnp.where(is_other & jnp.isfinite(other), other, near)
+
+
+def _nearest(x: jax.Array, dtype: Any) -> jax.Array:
+    """Rounds to nearest, in a way that makes everyone read the rounded numbers.
+
+    Of a mere cast, compilers may give those who cast back what was there before.
+    """
+    if dtype == jnp.bfloat16:
+        return rounded(x)
+    # Not `lax.reduce_precision`, which has no subnormal numbers.
+    return jax.lax.optimization_barrier(x.astype(dtype))
+
+
+def _is_half(dtype: Any) -> bool:
+    return dtype in (jnp.bfloat16, jnp.float16)
+
+
+def _is_rounded(leaf: trees.Leaf, update: Any) -> bool:
+    return _is_half(leaf.value.dtype) and not trees.is_nothing(update)
+
+
+def _sum(w: jax.Array, u: jax.Array) -> jax.Array:
+    return w.astype(jnp.float32) + u.astype(jnp.float32)
+
+
+def _difference(new: jax.Array, old: jax.Array) -> jax.Array:
+    """What to add for ``new``; exact if it is between half of and twice ``old``, or that is 0."""
+    return (new.astype(jnp.float32) - old.astype(jnp.float32)).astype(old.dtype)
+
+
+def _like(box: Any, value: jax.Array) -> Any:
+    return trees.rebox(box if trees.is_box(box) else None, value)
+
+
+def _check_params(name: str, params: Any) -> None:
+    if params is None:
+        raise ValueError(
+            f"{name} rounds the sum of parameters and updates: pass `params` to `update`."
+        )
