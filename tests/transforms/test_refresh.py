@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import optax_gale
+from optax_gale import linalg
 
 from .reference import Problem, assert_trees_close, fixed_sketch, last, turned
 
@@ -410,13 +411,13 @@ def test_seed_as_a_hyperparameter_sets_the_key():
 
 def test_a_sketch_serves_leaves_of_one_rank_together(monkeypatch):
     calls = []
-    together = optax_gale.Sketch.together
+    find = linalg.range_finders
 
-    def counting(self, xs, **options):
-        calls.append((options["rank"], [x.shape for x in xs]))
-        return together(self, xs, **options)
+    def counting(keys, xs, rank, **options):
+        calls.append((rank, [x.shape for x in xs]))
+        return find(keys, xs, rank, **options)
 
-    monkeypatch.setattr(optax_gale.Sketch, "together", counting)
+    monkeypatch.setattr(linalg, "range_finders", counting)
     params = ones({"a": (4, 6), "b": (2, 6, 4), "c": (8, 9)})
     gradients = {k: jax.random.normal(jax.random.key(1), p.shape) for k, p in params.items()}
     tx = optax_gale.gale(optax.sgd(0.1), {"a": 2, "b": 2, "c": 3}, side="short")
