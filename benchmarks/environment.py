@@ -1,8 +1,12 @@
-"""What a measurement was made on."""
+"""What a measurement was made on, and where it is kept."""
 
+import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib
@@ -24,6 +28,14 @@ def describe() -> dict[str, str]:
         "optax_gale": optax_gale.__version__,
         "commit": commit,
     }
+
+
+def store(stem: Path, lines: Sequence[str], **record: Any) -> None:
+    """Writes a table to ``stem.md``, and a record with the environment to ``stem.json``."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    record = {"environment": describe(), **record}
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 def _commit() -> str:

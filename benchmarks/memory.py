@@ -4,7 +4,6 @@ python -m benchmarks.memory --size 7b --ranks 128 1024 --out benchmarks/results
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -13,7 +12,7 @@ import optax
 import tyro
 
 import optax_gale
-from benchmarks.environment import describe
+from benchmarks.environment import store
 from examples.flax_llama.model import Llama
 from examples.flax_llama.sizes import get_size
 
@@ -88,11 +87,7 @@ def main(config: Config) -> None:
     for row in rows:
         sizes = [f"{row[k] / GIB:.2f}" for k in ("weights", "moments", "projectors", "total")]
         lines.append(" | ".join(["| " + row["weights dtype"], row["optimizer"], *sizes]) + " |")
-    config.out.mkdir(parents=True, exist_ok=True)
-    stem = config.out / f"memory_{config.size}"
-    record = {"environment": describe(), "rows": rows}
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    store(config.out / f"memory_{config.size}", lines, rows=rows)
     print("\n".join(lines))
 
 

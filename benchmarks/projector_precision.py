@@ -8,14 +8,13 @@ Markdown table and stores it with the numbers.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import tyro
 
-from benchmarks.environment import describe
+from benchmarks.environment import store
 from examples.flax_llama.sizes import get_size
 from optax_gale import linalg
 from optax_gale.quantization import dequantize, quantize
@@ -99,11 +98,7 @@ def main(config: Config) -> None:
                 f"| {row['energy']:.4f} | {row['projection']:.4f} |"
             )
             print(lines[-1], flush=True)
-    config.out.mkdir(parents=True, exist_ok=True)
-    stem = config.out / "projector_precision"
-    record = {"environment": describe(), "config": dataclasses.asdict(config), "rows": rows}
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=2, default=str) + "\n")
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    store(config.out / "projector_precision", lines, config=dataclasses.asdict(config), rows=rows)
     print("\n".join(lines))
 
 

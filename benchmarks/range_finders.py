@@ -9,7 +9,6 @@ matrices, as a share of the best possible. Prints a Markdown table and stores it
 
 import dataclasses
 import functools
-import json
 import statistics
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ import optax
 import tyro
 
 import optax_gale
-from benchmarks.environment import describe
+from benchmarks.environment import describe, store
 from examples.flax_llama import data
 from examples.flax_llama.data import DataConfig
 from examples.flax_llama.model import Llama, next_token_loss
@@ -173,11 +172,12 @@ def main(config: Config) -> None:
             for i in steps
         ]
         lines.append(f"| {name} | " + " | ".join(shares) + f" | {row['milliseconds']:.2f} |")
-    config.out.mkdir(parents=True, exist_ok=True)
-    stem = config.out / f"range_finders_{config.size}"
-    record = {"environment": describe(), "config": dataclasses.asdict(config), "rows": rows}
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=2, default=str) + "\n")
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    store(
+        config.out / f"range_finders_{config.size}",
+        lines,
+        config=dataclasses.asdict(config),
+        rows=rows,
+    )
     print("\n".join(lines))
 
 
