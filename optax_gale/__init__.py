@@ -2,6 +2,7 @@
 
 from optax_gale import linalg, quantization
 from optax_gale.transforms import (
+    AccumulateState,
     GaleDimensionNumbers,
     GaleProjectWarning,
     GaleState,
@@ -14,6 +15,7 @@ from optax_gale.transforms import (
     ScaleByOrthogonalizedMomentumState,
     Sketch,
     StochasticRoundingState,
+    accumulate,
     chain,
     gale,
     gale_adafactor,
@@ -34,6 +36,7 @@ from optax_gale.transforms import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccumulateState",
     "GaleDimensionNumbers",
     "GaleProjectWarning",
     "GaleState",
@@ -46,6 +49,7 @@ __all__ = [
     "ScaleByOrthogonalizedMomentumState",
     "Sketch",
     "StochasticRoundingState",
+    "accumulate",
     "chain",
     "gale",
     "gale_adafactor",

@@ -1,5 +1,6 @@
 """GALE as Optax gradient transformations."""
 
+from optax_gale.transforms.accumulate import AccumulateState, accumulate
 from optax_gale.transforms.aliases import (
     gale_adafactor,
     gale_adamw,
@@ -29,6 +30,7 @@ from optax_gale.transforms.step import GaleState
 from optax_gale.transforms.wrapper import gale
 
 __all__ = [
+    "AccumulateState",
     "GaleDimensionNumbers",
     "GaleProjectWarning",
     "GaleState",
@@ -41,6 +43,7 @@ __all__ = [
     "ScaleByOrthogonalizedMomentumState",
     "Sketch",
     "StochasticRoundingState",
+    "accumulate",
     "chain",
     "gale",
     "gale_adafactor",

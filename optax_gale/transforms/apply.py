@@ -1,22 +1,85 @@
-"""The update and its application in one function, for any transformation."""
+"""What transformations can do beyond `update`: apply their updates, and take a step in two halves."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from optax_gale import pallas
 from optax_gale.pallas import Implementation
 
 
-class InPlaceTransformation(optax.GradientTransformationExtraArgs):
-    """A transformation that can apply its updates itself.
+class Halves(NamedTuple):
+    """A step in two halves, between which gradients can be summed, scaled, or wait.
 
     Attributes:
-      in_place: ``(grads, state, params, implementation, **extra_args) -> (params, state)``.
+      zeros: ``(params) -> projected``, a sum of no gradients.
+      project: ``(grads, state, params, *, first=None, refresh=None, **extra_args) -> (projected,
+        state)``: refreshes projectors, if ``first`` (a boolean array; None for True) and due, and
+        gives what the inner sees of the gradients. That is linear in them for given projectors.
+      update: ``(projected, state, params, *, like, **extra_args) -> (updates, state)``, ``like``
+        with the shapes of the gradients.
+      apply: ``(projected, state, params, implementation, **extra_args) -> (params, state)``.
+      before: what sees the gradients before they are projected, if there is such a stage.
     """
 
-    in_place: Callable[..., tuple[Any, Any]]
+    zeros: Callable[[Any], Any]
+    project: Callable[..., tuple[Any, Any]]
+    update: Callable[..., tuple[Any, Any]]
+    apply: Callable[..., tuple[Any, Any]]
+    before: optax.GradientTransformation | None = None
+
+
+class ExtendedTransformation(optax.GradientTransformationExtraArgs):
+    """A transformation that can do more than ``update``.
+
+    Attributes:
+      in_place: ``(grads, state, params, implementation, **extra_args) -> (params, state)``, if it
+        can apply its updates itself.
+      halves: its step in two halves, if it projects gradients.
+    """
+
+    in_place: Callable[..., tuple[Any, Any]] | None = None
+    halves: Halves | None = None
+
+
+def extended(
+    tx: optax.GradientTransformationExtraArgs,
+    *,
+    in_place: Callable[..., tuple[Any, Any]] | None = None,
+    halves: Halves | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Attaches what a transformation can do beyond ``update``, if that is anything."""
+    if in_place is None and halves is None:
+        return tx
+    out = ExtendedTransformation(*tx)
+    out.in_place, out.halves = in_place, halves
+    return out
+
+
+def halves_of(tx: optax.GradientTransformation) -> Halves:
+    """The two halves of any transformation's step; the first does nothing where none projects."""
+    found = getattr(tx, "halves", None)
+    if found is not None:
+        return found
+    whole = optax.with_extra_args_support(tx)
+
+    def project(grads, state, params, *, first=None, refresh=None, **extra_args):
+        del params, first, refresh, extra_args
+        return grads, state
+
+    def update(projected, state, params, *, like, **extra_args):
+        del like
+        return whole.update(projected, state, params, **extra_args)
+
+    def apply(projected, state, params, implementation, **extra_args):
+        return update_and_apply(
+            whole, projected, state, params, implementation=implementation, **extra_args
+        )
+
+    return Halves(lambda params: jax.tree.map(jnp.zeros_like, params), project, update, apply)
 
 
 def update_and_apply(

@@ -27,12 +27,12 @@ class InPlaceStep(Step):
         super().__init__(*args)
         self.implementation = implementation
 
-    def run_inner(self) -> None:
+    def run_inner(self, projected: Any = None) -> None:
         """Runs the inner; where it is elementwise, in the kernel that projects the gradient."""
-        served = self._served()
+        served = self._served() if projected is None else None
         analysed = self._analysed(served) if served else None
-        if analysed is None:
-            return super().run_inner()
+        if not served or analysed is None:
+            return super().run_inner(projected)
         analysis, decays = analysed
         state = jax.tree.leaves(self.inner_state)
 
@@ -92,7 +92,7 @@ class InPlaceStep(Step):
 
     def _analysed(self, served) -> tuple[fusion.Analysis, list[bool]] | None:
         """The inner's programs, and which leaves decay; None if there are none to be run."""
-        shapes = jax.eval_shape(self._project)
+        shapes = jax.eval_shape(self.project)
         decays: list[bool] = []
         same: list[bool] = []
 

@@ -90,7 +90,7 @@ def examine(
     """
     if not any(projected):
         return
-    names = ", ".join(sorted(_state_names(state))) or "no named state"
+    names = ", ".join(sorted(state_names(state))) or "no named state"
     numbers = [i if p else None for i, p in enumerate(projected)]
 
     def update(params, grads, state):
@@ -207,7 +207,7 @@ def _advance(state: Any, steps: int) -> Any:
     return jax.tree.map(lambda x: x + steps if is_counter(x) else x, state)
 
 
-def _state_names(state: Any) -> set[str]:
+def state_names(state: Any) -> set[str]:
     """Class names of the named tuples in a state: what a person knows an inner by."""
     names: set[str] = set()
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import optax
 
-from optax_gale.transforms.apply import InPlaceTransformation
+from optax_gale.transforms.apply import Halves, extended
 from optax_gale.transforms.moments import Moments
 from optax_gale.transforms.options import Options
 from optax_gale.transforms.range_finders import RangeFinder, RangeFinderName
@@ -151,21 +151,40 @@ def chain(*args: optax.GradientTransformation) -> optax.GradientTransformationEx
 def _chained(
     stages: tuple[optax.GradientTransformation, ...],
 ) -> optax.GradientTransformationExtraArgs:
-    """``optax.chain``, whose last stage applies its updates itself if it can."""
+    """``optax.chain``, which can do what its last stage can."""
     chained = optax.with_extra_args_support(optax.chain(*stages))
-    *before, last = stages
-    last_in_place = getattr(last, "in_place", None)
-    if last_in_place is None:
-        return chained
+    before = None
+    if len(stages) > 1:
+        before = optax.with_extra_args_support(optax.chain(*stages[:-1]))
+    last_in_place = getattr(stages[-1], "in_place", None)
+    last: Halves | None = getattr(stages[-1], "halves", None)
+
+    def first_stages(grads, state, params, extra_args):
+        if before is None:
+            return grads, ()
+        return before.update(grads, tuple(state[:-1]), params, **extra_args)
 
     def in_place(grads, state, params, implementation, **extra_args):
-        *states, last_state = state
-        if before:
-            first = optax.with_extra_args_support(optax.chain(*before))
-            grads, states = first.update(grads, tuple(states), params, **extra_args)
-        params, last_state = last_in_place(grads, last_state, params, implementation, **extra_args)
-        return params, (*states, last_state)
+        grads, states = first_stages(grads, state, params, extra_args)
+        params, own = last_in_place(grads, state[-1], params, implementation, **extra_args)
+        return params, (*states, own)
 
-    tx = InPlaceTransformation(*chained)
-    tx.in_place = in_place
-    return tx
+    def project(grads, state, params, *, first=None, refresh=None, **extra_args):
+        grads, states = first_stages(grads, state, params, extra_args)
+        options = {"first": first, "refresh": refresh, **extra_args}
+        projected, own = last.project(grads, state[-1], params, **options)
+        return projected, (*states, own)
+
+    def update(projected, state, params, **extra_args):
+        updates, own = last.update(projected, state[-1], params, **extra_args)
+        return updates, (*state[:-1], own)
+
+    def apply(projected, state, params, implementation, **extra_args):
+        params, own = last.apply(projected, state[-1], params, implementation, **extra_args)
+        return params, (*state[:-1], own)
+
+    return extended(
+        chained,
+        in_place=None if last_in_place is None else in_place,
+        halves=None if last is None else Halves(last.zeros, project, update, apply, before),
+    )

@@ -49,6 +49,7 @@ def refreshed(
     moments: "InnerMoments",
     count: jax.Array,
     asked: bool | None,
+    allowed: jax.Array | None = None,
 ) -> tuple[list[Any], Any]:
     """Refreshes what is due.
 
@@ -60,6 +61,7 @@ def refreshed(
       moments: the inner's moments.
       count: steps taken, int32.
       asked: the caller's choice, or None.
+      allowed: whether anything may be refreshed; None for True.
 
     Returns:
       The projectors, stored alike, and the inner's state in their bases.
@@ -135,7 +137,7 @@ def refreshed(
                 values[k] = _replaced(old, storage.quantized_anew(old, carried[k]), taken, start)
         return out, values
 
-    new, values = refresh.run(planned, count, asked, keep, refresh_unit)
+    new, values = refresh.run(planned, count, asked, keep, refresh_unit, allowed)
     out = list(projectors)
     for i, p in zip(where, new, strict=True):
         out[i] = p

@@ -141,6 +141,8 @@ def quantize_states(
                 place = zlib.crc32(jax.tree_util.keystr(path).encode())
                 key = jax.random.key(seed, impl="threefry2x32")
                 key = jax.random.fold_in(jax.random.fold_in(key, place), state.count)
+                if "layer" in extra_args:  # of a stack whose layers take steps of their own
+                    key = jax.random.fold_in(key, extra_args["layer"])
             x = storage.quantized_as(old, trees.unbox(x), key)
             return storage.boxed_as(old, x)
 

@@ -167,6 +167,7 @@ def run(
     refresh: bool | None,
     keep: Callable[[], Any],
     refresh_unit: Callable[[Unit, jax.Array, bool], Any],
+    allowed: jax.Array | None = None,
 ) -> Any:
     """Refreshes what is due: one conditional, or none when the caller decides.
 
@@ -182,16 +183,20 @@ def run(
       What ``keep`` or ``refresh_unit`` gave.
     """
     everything = schedule.units[0]
-    if refresh is True:
-        return refresh_unit(everything, count, False)
+    whole = functools.partial(refresh_unit, everything, count, False)
     if refresh is False:
         return keep()
+    if refresh is True:
+        return whole() if allowed is None else jax.lax.cond(allowed, whole, keep)
     branches: list[Callable[[], Any]] = [
         keep,
         functools.partial(refresh_unit, everything, count, True),
     ]
     branches += [functools.partial(refresh_unit, unit, count, False) for unit in schedule.units[1:]]
-    return jax.lax.switch(_same_for_all(schedule.branch(count)), branches)
+    branch = schedule.branch(count)
+    if allowed is not None:
+        branch = jnp.where(allowed, branch, _KEEP)
+    return jax.lax.switch(_same_for_all(branch), branches)
 
 
 @custom_vmap

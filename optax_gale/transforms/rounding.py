@@ -6,6 +6,7 @@ keeping what was rounded away.
 """
 
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,8 @@ import optax
 from optax_gale import _sharding
 from optax_gale.linalg._split import rounded
 from optax_gale.transforms import trees
-from optax_gale.transforms.apply import check_transformation
+from optax_gale.transforms.apply import Halves, check_transformation, extended, halves_of
+from optax_gale.transforms.options import check_seed
 
 
 class StochasticRoundingState(NamedTuple):
@@ -81,20 +83,20 @@ def stochastic_rounding(
       <https://arxiv.org/abs/2010.06192>`_, 2020.
     """
     check_transformation("inner", inner)
-    inner = optax.with_extra_args_support(inner)
+    check_seed(seed)
 
     def init(params: optax.Params) -> StochasticRoundingState:
         return StochasticRoundingState(jnp.zeros((), jnp.int32), inner.init(params))
 
-    def update(
+    def round_sums(
         updates: optax.Updates,
         state: StochasticRoundingState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        params: optax.Params,
+        layer: jax.Array | None = None,
     ) -> tuple[optax.Updates, StochasticRoundingState]:
-        _check_params("stochastic_rounding", params)
-        updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.count)
+        if layer is not None:
+            key = jax.random.fold_in(key, layer)
 
         def step(leaf: trees.Leaf, u: jax.Array) -> jax.Array:
             own = jax.random.fold_in(key, zlib.crc32(leaf.path.encode()))
@@ -102,14 +104,14 @@ def stochastic_rounding(
             return _difference(new, leaf.value)
 
         leaves, treedef = trees.flatten(params)
-        count = optax.safe_increment(state.count)
         steps = [
             _like(u, step(leaf, trees.unbox(u))) if _is_rounded(leaf, u) else u
             for leaf, u in zip(leaves, treedef.flatten_up_to(updates), strict=True)
         ]
-        return treedef.unflatten(steps), StochasticRoundingState(count, inner_state)
+        count = optax.safe_increment(state.count)
+        return treedef.unflatten(steps), state._replace(count=count)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _outermost("stochastic_rounding", inner, init, round_sums)
 
 
 def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -150,7 +152,6 @@ def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransf
       BFloat16 Training <https://arxiv.org/abs/2010.06192>`_, 2020.
     """
     check_transformation("inner", inner)
-    inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> KahanSummationState:
         leaves, treedef = trees.flatten(params)
@@ -162,14 +163,13 @@ def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransf
         ]
         return KahanSummationState(treedef.unflatten(compensation), inner.init(params))
 
-    def update(
+    def round_sums(
         updates: optax.Updates,
         state: KahanSummationState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        params: optax.Params,
+        layer: jax.Array | None = None,
     ) -> tuple[optax.Updates, KahanSummationState]:
-        _check_params("kahan_summation", params)
-        updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        del layer
         leaves, treedef = trees.flatten(params)
         steps, left = treedef.flatten_up_to(updates), treedef.flatten_up_to(state.compensation)
         for i, (leaf, u, c) in enumerate(zip(leaves, steps, left, strict=True)):
@@ -181,9 +181,56 @@ def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransf
             # Of the weight that applying the step gives, whatever rounding that takes.
             missing = total - _nearest(_sum(w, step), w.dtype).astype(jnp.float32)
             steps[i], left[i] = _like(u, step), _like(c, missing.astype(w.dtype))
-        return treedef.unflatten(steps), KahanSummationState(treedef.unflatten(left), inner_state)
+        return treedef.unflatten(steps), state._replace(compensation=treedef.unflatten(left))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _outermost("kahan_summation", inner, init, round_sums)
+
+
+def _outermost(
+    name: str,
+    inner: optax.GradientTransformation,
+    init: Callable[[Any], Any],
+    round_sums: Callable[..., tuple[Any, Any]],
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a wrapper that rounds the sum of parameters and of what ``inner`` changes them by.
+
+    Args:
+      name: the wrapper's name, for the error.
+      inner: the transformation inside.
+      init: makes the state, a named tuple with ``inner_state``.
+      round_sums: ``(updates, state, params, layer) -> (updates, state)``; ``layer`` tells the
+        layers of a stack apart where each takes its own step.
+    """
+    inner = optax.with_extra_args_support(inner)
+    within = halves_of(inner)
+
+    def finish(updates, inner_state, state, params, extra_args):
+        state = state._replace(inner_state=inner_state)
+        return round_sums(updates, state, params, extra_args.get("layer"))
+
+    def update(updates, state, params=None, **extra_args):
+        _check_params(name, params)
+        updates, new = inner.update(updates, state.inner_state, params, **extra_args)
+        return finish(updates, new, state, params, extra_args)
+
+    def project(grads, state, params, **extra_args):
+        projected, new = within.project(grads, state.inner_state, params, **extra_args)
+        return projected, state._replace(inner_state=new)
+
+    def update_projected(projected, state, params, **extra_args):
+        _check_params(name, params)
+        updates, new = within.update(projected, state.inner_state, params, **extra_args)
+        return finish(updates, new, state, params, extra_args)
+
+    def apply_projected(projected, state, params, implementation, **extra_args):
+        del implementation
+        updates, state = update_projected(projected, state, params, like=params, **extra_args)
+        return optax.apply_updates(params, updates), state
+
+    return extended(
+        optax.GradientTransformationExtraArgs(init, update),
+        halves=Halves(within.zeros, project, update_projected, apply_projected, within.before),
+    )
 
 
 def round_stochastically(key: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:

@@ -109,12 +109,12 @@ class Step:
             ]
         )
 
-    def refresh_projectors(self, asked: bool | None) -> None:
-        """Refreshes what is due, or what the caller asks for."""
+    def refresh_projectors(self, asked: bool | None, allowed: jax.Array | None = None) -> None:
+        """Refreshes what is due, or what the caller asks for; with ``allowed`` False, nothing."""
         chosen = [None if matrix is None else matrix.projection for matrix in self.matrices]
 
         def advance(inner_state):
-            still = jax.tree.map(jnp.zeros_like, self._project())
+            still = jax.tree.map(jnp.zeros_like, self.project())
             params = self._inner_params(self.treedef.flatten_up_to(still))
             return self.inner.update(still, inner_state, params, **self.extra_args)[1]
 
@@ -134,10 +134,12 @@ class Step:
             moments,
             self.state.count,
             asked,
+            allowed,
         )
         self.projectors = self._read_projectors()
 
-    def _project(self):
+    def project(self) -> Any:
+        """What the inner is to see of the gradients."""
         return self.treedef.unflatten([self._project_leaf(i) for i in range(len(self.leaves))])
 
     def _project_leaf(self, i: int) -> Any:
@@ -145,9 +147,9 @@ class Step:
         leaf, matrix, weight = self.leaves[i], self.matrices[i], self.weights[i]
         return subspace.project(self.options, leaf, matrix, self.projectors[i], weight)
 
-    def run_inner(self) -> None:
-        """Runs the inner on the gradients' projections."""
-        self.gradients = self._project()
+    def run_inner(self, projected: Any = None) -> None:
+        """Runs the inner on the gradients' projections, or on what was made of them before."""
+        self.gradients = self.project() if projected is None else projected
         params = self._inner_params(self.treedef.flatten_up_to(self.gradients))
         self.inner_updates, self.inner_state, self.decays = self._run(
             self.gradients, self.inner_state, params
@@ -224,10 +226,9 @@ class Step:
             self.residual[i] = storage.boxed_as(memory, ratio)
         return terms
 
-    def new_state(self) -> GaleState:
-        """The state after the step."""
-        return GaleState(
-            count=optax.safe_increment(self.state.count),
+    def refreshed_state(self) -> GaleState:
+        """The state after the refresh, before the step."""
+        return self.state._replace(
             projector=self.treedef.unflatten(
                 [
                     storage.boxed_as(old, p)
@@ -235,5 +236,11 @@ class Step:
                 ]
             ),
             inner_state=self.inner_state,
+        )
+
+    def new_state(self) -> GaleState:
+        """The state after the step."""
+        return self.refreshed_state()._replace(
+            count=optax.safe_increment(self.state.count),
             residual=self.treedef.unflatten(self.residual),
         )

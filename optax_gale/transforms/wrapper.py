@@ -1,7 +1,9 @@
 """The wrapper: any Optax transformation, run in low-rank subspaces."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -11,7 +13,7 @@ from optax_gale.transforms import inner as inner_lib
 from optax_gale.transforms import moments as moments_lib
 from optax_gale.transforms import projectors as projectors_lib
 from optax_gale.transforms import selection, subspace, trees
-from optax_gale.transforms.apply import InPlaceTransformation, check_transformation
+from optax_gale.transforms.apply import Halves, check_transformation, extended
 from optax_gale.transforms.in_place import InPlaceStep
 from optax_gale.transforms.moments import Moments, Rotate
 from optax_gale.transforms.options import Options, check_scale
@@ -37,9 +39,8 @@ def wrap(
         inner = quantize_states(inner, fields=told)
         full_rank = None if full_rank is None else quantize_states(full_rank, fields=told)
 
-    def init(params: optax.Params) -> GaleState:
-        leaves, treedef = trees.flatten(params)
-        choices = selection.choose(
+    def choose(params: optax.Params, leaves: Sequence[trees.Leaf]) -> list[selection.Choice]:
+        return selection.choose(
             params,
             leaves,
             rank=options.rank,
@@ -47,6 +48,10 @@ def wrap(
             select=options.select,
             weight_dimension_numbers=options.weight_dimension_numbers,
         )
+
+    def init(params: optax.Params) -> GaleState:
+        leaves, treedef = trees.flatten(params)
+        choices = choose(params, leaves)
         selection.record(choices)
         chosen = [choice.projection for choice in choices]
         projected = [p is not None for p in chosen]
@@ -115,9 +120,68 @@ def wrap(
         step.run_inner()
         return step.apply(), step.new_state()
 
-    tx = InPlaceTransformation(init, cast(Any, update))
-    tx.in_place = in_place
-    return tx
+    def zeros(params: optax.Params) -> Any:
+        leaves, treedef = trees.flatten(params)
+        proxies = [
+            subspace.proxy(options, leaf, choice.projection)
+            for leaf, choice in zip(leaves, choose(params, leaves), strict=True)
+        ]
+        return jax.tree.map(jnp.zeros_like, treedef.unflatten(proxies))
+
+    def project(
+        updates: optax.Updates,
+        state: GaleState,
+        params: optax.Params | None,
+        *,
+        first: jax.Array | None = None,
+        refresh: bool | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, GaleState]:
+        _refuse_residual(options)
+        step = Step(inner, full_rank, options, updates, state, params, extra_args)
+        step.refresh_projectors(_checked_refresh(refresh), first)
+        return step.project(), step.refreshed_state()
+
+    def update_projected(
+        projected: Any,
+        state: GaleState,
+        params: optax.Params | None,
+        *,
+        like: Any,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, GaleState]:
+        step = Step(inner, full_rank, options, like, state, params, extra_args)
+        step.run_inner(projected)
+        return step.lift(), step.new_state()
+
+    def apply_projected(
+        projected: Any,
+        state: GaleState,
+        params: optax.Params,
+        implementation: Implementation | None,
+        **extra_args: Any,
+    ) -> tuple[optax.Params, GaleState]:
+        # The weights stand for the gradients, of which nothing but the shapes is asked.
+        step = InPlaceStep(
+            implementation, inner, full_rank, options, params, state, params, extra_args
+        )
+        step.run_inner(projected)
+        return step.apply(), step.new_state()
+
+    return extended(
+        optax.GradientTransformationExtraArgs(init, cast(Any, update)),
+        in_place=in_place,
+        halves=Halves(zeros, project, update_projected, apply_projected),
+    )
+
+
+def _refuse_residual(options: Options) -> None:
+    if options.residual is not None:
+        raise ValueError(
+            f"residual={options.residual!r} needs the gradient itself where the step is taken, and "
+            "of gradients that are summed or held in the subspace it is gone. Use residual=None, or "
+            "sum the gradients themselves (optax.MultiSteps)."
+        )
 
 
 def _checked_refresh(refresh: Any) -> bool | None:
