@@ -1,6 +1,13 @@
 """optax_gale: train every weight while the optimizer keeps its moments in a low-rank subspace."""
 
 from optax_gale import linalg, quantization
+from optax_gale.training import (
+    LayeredModel,
+    Layerwise,
+    LayerwiseMetrics,
+    LayerwiseState,
+    layerwise,
+)
 from optax_gale.transforms import (
     AccumulateState,
     GaleDimensionNumbers,
@@ -41,6 +48,10 @@ __all__ = [
     "GaleProjectWarning",
     "GaleState",
     "KahanSummationState",
+    "LayeredModel",
+    "Layerwise",
+    "LayerwiseMetrics",
+    "LayerwiseState",
     "LeafMemory",
     "MemoryReport",
     "QuantizeStatesState",
@@ -59,6 +70,7 @@ __all__ = [
     "gale_project",
     "gale_sgd",
     "kahan_summation",
+    "layerwise",
     "linalg",
     "memory_report",
     "quantization",
