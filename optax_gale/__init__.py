@@ -1,6 +1,12 @@
 """optax_gale: train every weight while the optimizer keeps its moments in a low-rank subspace."""
 
 from optax_gale import linalg, quantization
+from optax_gale.training import (
+    LargestBatch,
+    StepMemoryReport,
+    largest_batch,
+    step_memory_report,
+)
 from optax_gale.transforms import (
     GaleDimensionNumbers,
     GaleProjectWarning,
@@ -38,6 +44,7 @@ __all__ = [
     "GaleProjectWarning",
     "GaleState",
     "KahanSummationState",
+    "LargestBatch",
     "LeafMemory",
     "MemoryReport",
     "QuantizeStatesState",
@@ -45,6 +52,7 @@ __all__ = [
     "Rotate",
     "ScaleByOrthogonalizedMomentumState",
     "Sketch",
+    "StepMemoryReport",
     "StochasticRoundingState",
     "chain",
     "gale",
@@ -55,12 +63,14 @@ __all__ = [
     "gale_project",
     "gale_sgd",
     "kahan_summation",
+    "largest_batch",
     "linalg",
     "memory_report",
     "quantization",
     "quantize_states",
     "scale_by_orthogonalized_momentum",
     "state_partition_specs",
+    "step_memory_report",
     "stochastic_rounding",
     "update_and_apply",
 ]
