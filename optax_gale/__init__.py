@@ -1,6 +1,6 @@
 """optax_gale: train every weight while the optimizer keeps its moments in a low-rank subspace."""
 
-from optax_gale import linalg, quantization
+from optax_gale import linalg, quantization, training
 from optax_gale.training import (
     LargestBatch,
     StepMemoryReport,
@@ -72,5 +72,6 @@ __all__ = [
     "state_partition_specs",
     "step_memory_report",
     "stochastic_rounding",
+    "training",
     "update_and_apply",
 ]

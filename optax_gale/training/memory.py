@@ -128,9 +128,10 @@ class StepMemoryReport:
             if spare < 0:
                 verdict = f"no, {memory.human_bytes(-spare)} too much"
             lines.append(f"fits in {memory.human_bytes(self.budget)}: {verdict}")
-        return "\n".join([*lines, *self._notes()])
+        return "\n".join([*lines, *self.notes()])
 
-    def _notes(self) -> list[str]:
+    def notes(self) -> list[str]:
+        """What to know about the numbers, a line each."""
         notes = []
         if self.copied:
             notes.append(
