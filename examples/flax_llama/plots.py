@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from optax_gale import StepMemoryReport
 
 _MIB = 2**20
+_STEP_PARTS = {"other": "other state", "work_space": "work space"}
 _SMOOTHED = 0.03  # of all steps: the window of the training loss's running mean
 
 
@@ -113,7 +114,7 @@ def plot_step_memory(path: Path, reports: Mapping[str, "StepMemoryReport"]) -> N
     for part in next(iter(reports.values())).parts() if reports else ():
         width = np.array([reports[name].parts()[part] for name in names]) / scale
         if width.any():
-            axes.barh(range(len(names)), width, left=left, label=part.replace("_", " "))
+            axes.barh(range(len(names)), width, left=left, label=_STEP_PARTS.get(part, part))
         left += width
     for i, total in enumerate(left):
         axes.text(total, i, f" {total:.1f}", va="center")

@@ -140,7 +140,8 @@ def test_the_picture(tmp_path, monkeypatch):
     assert [label.get_text() for label in axes.get_yticklabels()] == ["adamw", r"\$a"]
     labels = [bar.get_label() for bar in axes.containers]
     assert labels == [
-        "weights", "moments", "other", "inputs", "results", "gradients", "activations", "work space"
+        "weights", "moments", "other state", "inputs", "results", "gradients", "activations",
+        "work space",
     ]  # fmt: skip
     for i, report in enumerate(reports.values()):
         bars = [container.patches[i] for container in axes.containers]
