@@ -221,10 +221,8 @@ def step_memory_report(
     arguments = stats.argument_size_in_bytes + unused
     results = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
     temporaries = stats.temp_size_in_bytes
-    program = programs.read(compiled)
-    alive = liveness.fullest(program) if program else liveness.Fullest(0, 0, 0)
-    told_apart = program is not None and alive.total <= temporaries
-    gradients, activations = (alive.gradients, alive.activations) if told_apart else (0, 0)
+    alive = _fullest(compiled, temporaries)
+    gradients, activations = (alive.gradients, alive.activations) if alive else (0, 0)
     return StepMemoryReport(
         weights=weights,
         moments=sum(moments),
@@ -235,7 +233,7 @@ def step_memory_report(
         gradients=gradients,
         activations=activations,
         work_space=temporaries - gradients - activations,
-        told_apart=told_apart,
+        told_apart=alive is not None,
         copied=min(results, _copied(compiled, (params, opt_state), stats.alias_size_in_bytes)),
         platform=_platform(compiled),
         budget=limit,
@@ -252,6 +250,16 @@ def _compiled(step: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not hasattr(step, "lower"):
         raise TypeError(f"`step` must be a function of jax.jit, lowered or compiled: got {step!r}")
     return step.lower(*args, **kwargs).compile()
+
+
+def _fullest(compiled: Any, temporaries: int) -> liveness.Fullest | None:
+    """What lies in the temporaries when they are fullest, or None where it cannot be told."""
+    program = programs.read(compiled)
+    try:
+        found = None if program is None else liveness.fullest(program)
+    except (IndexError, KeyError):  # a kind of program that is put together in another way
+        return None
+    return found if found is not None and found.total <= temporaries else None
 
 
 def _per_device(compiled: Any) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], int]:

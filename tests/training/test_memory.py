@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_gale
 from optax_gale import StepMemoryReport, step_memory_report
+from optax_gale.training import liveness
 from optax_gale.training import memory as step_memory
 
 WIDTH, ROWS = 256, 2048
@@ -225,11 +226,23 @@ def test_what_one_device_holds_of_sharded_arguments():
     assert report.other == 4
 
 
-def test_a_program_that_tells_nothing_of_its_temporaries(monkeypatch):
+def strange(program):
+    raise KeyError("a computation that is not there")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "replacement"),
+    [
+        ("programs", "read", lambda compiled: None),
+        ("liveness", "fullest", strange),
+        ("liveness", "fullest", lambda program: liveness.Fullest(2**40, 0, 0)),
+    ],
+)
+def test_a_program_that_tells_nothing_of_its_temporaries(module, name, replacement, monkeypatch):
     params, state, x = problem(SGD, layers=1)
     lowered = make_step(SGD).lower(params, state, x)
     told = step_memory_report(lowered)
-    monkeypatch.setattr(step_memory.programs, "read", lambda compiled: None)
+    monkeypatch.setattr(getattr(step_memory, module), name, replacement)
     untold = step_memory_report(lowered)
     assert told.told_apart and not untold.told_apart
     assert untold.gradients == untold.activations == 0
