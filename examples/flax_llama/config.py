@@ -19,6 +19,7 @@ from examples.flax_llama.sizes import SIZES, LlamaSize, get_size
 FloatName = Literal["float32", "bfloat16"]
 
 _MOST_DIFFERENCES = 3  # an error is one line
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,14 +270,41 @@ class CompareConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """Print where the memory would go, from shapes alone: nothing is allocated."""
+    """Print where the memory would go: nothing is allocated.
+
+    From shapes alone, or, with --batch-size, from the training step's compiled program.
+    """
 
     optimizers: str = "adamw,galore,gale_adamw"
     """Optimizers to tabulate, separated by commas."""
     details: bool = False
     """Also print what the optimizer does with each weight, and why."""
+    batch_size: int | None = None
+    """Compile the training step of so many sequences, and tell the memory of all that it needs:
+    activations and work space too."""
+    sequence_length: int = 256
+    """Tokens in a sequence."""
+    budget: str | None = None
+    """Memory of the device, such as 24GiB or 24GB: tell whether the step fits, and the largest
+    batch that does."""
+    picture: Path | None = None
+    """Also draw the step's memory to this file (.png, .svg or .pdf)."""
     optimization: OptimizerOptions = OptimizerOptions()
     model: ModelOptions = ModelOptions(param_dtype="bfloat16")
+
+    def check(self) -> None:
+        """Raises `UserError` at the first value that makes no sense."""
+        self.model.check()
+        if self.batch_size is None:
+            for name in ("budget", "picture"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"--{name} is about the whole step: add --batch-size")
+            return
+        _positive("--batch-size", self.batch_size)
+        _positive("--sequence-length", self.sequence_length)
+        _check_length(self.model, self.sequence_length)
+        if self.picture is not None and self.picture.suffix not in _PICTURES:
+            raise UserError(f"--picture must end in {', '.join(_PICTURES)}, got {self.picture}")
 
 
 def _check_run(config: TrainConfig | CompareConfig) -> None:
@@ -285,16 +313,15 @@ def _check_run(config: TrainConfig | CompareConfig) -> None:
     config.output.check()
     if config.training.rounding != "nearest" and config.model.param_dtype == "float32":
         raise UserError("--rounding is for weights in half precision: add --param-dtype bfloat16")
-    longest = SIZES[config.model.size].max_length
-    if config.data.sequence_length > longest:
-        raise UserError(
-            f"--sequence-length must be at most {longest}, got {config.data.sequence_length}"
-        )
-    if config.data.sequence_length % config.model.loss_chunks:
-        raise UserError(
-            f"--loss-chunks {config.model.loss_chunks} must divide --sequence-length "
-            f"{config.data.sequence_length}"
-        )
+    _check_length(config.model, config.data.sequence_length)
+
+
+def _check_length(model: ModelOptions, length: int) -> None:
+    longest = SIZES[model.size].max_length
+    if length > longest:
+        raise UserError(f"--sequence-length must be at most {longest}, got {length}")
+    if length % model.loss_chunks:
+        raise UserError(f"--loss-chunks {model.loss_chunks} must divide --sequence-length {length}")
 
 
 def _positive(name: str, value: int) -> None:

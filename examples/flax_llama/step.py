@@ -9,10 +9,30 @@ import jax.numpy as jnp
 import optax
 
 import optax_gale
+from examples.flax_llama.errors import UserError
 from examples.flax_llama.model import Llama, next_token_loss
 
 Batch = Mapping[str, Any]  # tokens (B, T) and mask (B, T), of JAX or of NumPy
 Metrics = dict[str, jax.Array]
+
+
+def check_backend(attention: str) -> None:
+    """Refuses the fused attention where it cannot run.
+
+    Raises:
+      UserError: if there is no NVIDIA GPU.
+    """
+    if attention == "cudnn" and not _sees_cuda():
+        raise UserError(
+            "--attention-backend cudnn needs an NVIDIA GPU and a JAX that sees it; leave it out"
+        )
+
+
+def _sees_cuda() -> bool:
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False
 
 
 class TrainState(NamedTuple):

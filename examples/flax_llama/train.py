@@ -26,6 +26,7 @@ from examples.flax_llama.sizes import count_params
 from examples.flax_llama.step import (
     Evaluation,
     TrainState,
+    check_backend,
     make_evaluate,
     make_train_step,
     trace_init,
@@ -90,21 +91,11 @@ def check(config: TrainConfig) -> None:
       UserError: at the first value that makes no sense.
     """
     config.check()
-    if config.model.attention_backend == "cudnn" and not _sees_cuda():
-        raise UserError(
-            "--attention-backend cudnn needs an NVIDIA GPU and a JAX that sees it; leave it out"
-        )
+    check_backend(config.model.attention_backend)
     settings = optimizers.resolve(
         config.optimizer, config.optimization, config.model.shape(), config.training.steps
     )
     optimizers.build(config.optimizer, settings, config.training)
-
-
-def _sees_cuda() -> bool:
-    try:
-        return bool(jax.devices("cuda"))
-    except RuntimeError:
-        return False
 
 
 class Trainer:
