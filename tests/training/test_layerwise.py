@@ -221,7 +221,7 @@ def test_clipping_by_the_norm_before():
     step = jax.jit(train.step)
     norm = 0.0
     for i in range(4):
-        loss, grads = jax.value_and_grad(MODEL.loss)(params, make_batch(i))
+        grads = jax.grad(MODEL.loss)(params, make_batch(i))
         factor = min(1.0, 0.5 / norm) if norm else 1.0
         wanted = jax.tree.map(lambda w, g, f=factor: w - 0.1 * f * g, params, grads)
         params, state, metrics = step(params, state, make_batch(i))
@@ -238,7 +238,7 @@ def mean_step(tx, count, clip_norm=None):
     def step(params, state, batch):
         grads, losses, norms = [], [], []
         for i in range(count):
-            part = jax.tree.map(lambda x: x[i::count] if x.ndim else x, batch)
+            part = {"tokens": batch["tokens"][i::count]}
             loss, g = jax.value_and_grad(MODEL.loss)(params, part)
             losses.append(loss)
             norms.append(optax.tree.norm(g))
