@@ -171,6 +171,15 @@ class TrainingOptions:
     rounding: Literal["nearest", "stochastic", "kahan"] = "nearest"
     """How new bfloat16 weights are rounded: to nearest, at random, or with what rounding takes kept
     beside them in as much memory as the weights."""
+    micro_batches: int = 1
+    """Parts of a batch, computed one after another. Low-rank optimizers sum their gradients in the
+    subspace; each part is clipped by itself."""
+    layerwise: bool = False
+    """Let each layer take its step in the backward pass, so that there never is a gradient of the
+    whole model."""
+    layerwise_clip: Literal["hold", "two_pass", "previous"] = "hold"
+    """With --layerwise, how the norm to clip by is known in time. hold: gradients wait in the
+    subspace; two_pass: another backward pass before; previous: the last step's norm is taken."""
     host_refresh: bool = False
     """Let the host choose the steps that refresh: two executables, no conditional in either."""
 
@@ -180,6 +189,13 @@ class TrainingOptions:
         if self.steps >= 2**31:
             raise UserError(f"--steps must be less than 2**31, got {self.steps}")
         _positive("--batch-size", self.batch_size)
+        _positive("--micro-batches", self.micro_batches)
+        if self.batch_size % self.micro_batches:
+            raise UserError(
+                f"--micro-batches {self.micro_batches} must divide --batch-size {self.batch_size}"
+            )
+        if self.layerwise_clip != "hold" and not self.layerwise:
+            raise UserError("--layerwise-clip is for --layerwise True; add that, or leave it out")
         _within("--warmup-fraction", self.warmup_fraction, 0.0, 1.0)
         _within("--final-lr-fraction", self.final_lr_fraction, 0.0, 1.0)
         if not (math.isfinite(self.clip_norm) and self.clip_norm >= 0):

@@ -26,6 +26,7 @@ from examples.flax_llama.sizes import count_params
 from examples.flax_llama.step import (
     Evaluation,
     TrainState,
+    Walk,
     check_backend,
     make_evaluate,
     make_train_step,
@@ -132,7 +133,8 @@ class Trainer:
             attention_backend=config.model.attention_backend,
         )
         with optimizers.refusals(config.optimizer):
-            self.init = trace_init(self.model, self.tx, config.training.seed)
+            self.walk = Walk.of(config.training)
+            self.init = trace_init(self.model, self.tx, config.training.seed, self.walk)
         self.shapes: TrainState = self.init.out_info
         self.memory = memory.breakdown(self.shapes.params, self.shapes.opt_state)
         memory.check_projects(config.optimizer, self.settings, self.memory)
@@ -249,7 +251,8 @@ class Trainer:
         """Compiles the step; the result tells which program takes a step, numbered from 1."""
         training = self.config.training
         schedule = optimizers.schedule(self.settings["learning_rate"], training)
-        train_step = make_train_step(self.model, self.tx, schedule, self.config.model.loss_chunks)
+        chunks = self.config.model.loss_chunks
+        train_step = make_train_step(self.model, self.tx, schedule, chunks, self.walk)
         shape = (training.batch_size, self.corpus.sequence_length)
         batch = {
             "tokens": jax.ShapeDtypeStruct(shape, jnp.int32),
@@ -257,7 +260,9 @@ class Trainer:
         }
         gap = self.settings["update_proj_gap"] if training.host_refresh else None
         refreshes = (None,) if gap is None else (True, False)
-        compiled = {r: train_step.lower(state, batch, refresh=r).compile() for r in refreshes}
+        with optimizers.refusals(self.config.optimizer):  # what cannot be walked layer by layer
+            lowered = {r: train_step.lower(state, batch, refresh=r) for r in refreshes}
+        compiled = {r: step.compile() for r, step in lowered.items()}
 
         def program(step: int) -> Callable[[TrainState, Any], Any]:
             return compiled[None if gap is None else (step - 1) % gap == 0]

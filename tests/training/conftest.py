@@ -17,10 +17,7 @@ def always_quick(quick_compilation):
 def block(p, x, batch, layer):
     del batch, layer
     h = x * p["norm"]["scale"]
-    q, k, v = (h @ p["attention"][name]["kernel"] for name in ("query", "key", "value"))
-    weights = jax.nn.softmax(q @ jnp.swapaxes(k, -1, -2) / WIDTH**0.5)
-    x = x + weights @ v
-    return x + jnp.tanh(x @ p["mlp"]["up"]["kernel"]) @ p["mlp"]["down"]["kernel"]
+    return x + jnp.tanh(h @ p["mlp"]["up"]["kernel"]) @ p["mlp"]["down"]["kernel"]
 
 
 def embed(rest, batch):
@@ -48,11 +45,9 @@ def make_params(dtype=jnp.float32, layers=LAYERS, *, tied=False):
     def normal(*shape):
         return (0.3 * jax.random.normal(next(keys), shape)).astype(dtype)
 
-    square = (layers, WIDTH, WIDTH)
     params = {
         "embed": {"embedding": normal(VOCABULARY, WIDTH)},
         "layers": {
-            "attention": {name: {"kernel": normal(*square)} for name in ("query", "key", "value")},
             "mlp": {
                 "up": {"kernel": normal(layers, WIDTH, 24)},
                 "down": {"kernel": normal(layers, 24, WIDTH)},
