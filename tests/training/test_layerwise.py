@@ -202,8 +202,16 @@ def test_the_host_may_choose_the_refresh(refresh):
     assert "stablehlo.case" not in text
 
 
-@pytest.mark.parametrize("clip", ["hold", "two_pass"])
-@pytest.mark.parametrize("name", ["gale_adamw", "8 bits", "kahan", "chain", "optax.adamw"])
+@pytest.mark.parametrize(
+    ("name", "clip"),
+    [
+        ("gale_adamw", "hold"),
+        ("8 bits", "hold"),
+        ("kahan", "two_pass"),
+        ("chain", "two_pass"),
+        ("optax.adamw", "hold"),
+    ],
+)
 def test_exact_clipping_is_that_of_the_ordinary_step(name, clip):
     tx, params = OPTIMIZERS[name](), make_params()
     train = optax_gale.layerwise(MODEL, tx, clip_norm=0.5, clip=clip)
@@ -251,8 +259,17 @@ def mean_step(tx, count, clip_norm=None):
     return step
 
 
-@pytest.mark.parametrize("clip", [None, "hold", "two_pass"])
-@pytest.mark.parametrize("name", ["gale", "8 bits", "kahan", "optax.adamw"])
+@pytest.mark.parametrize(
+    ("name", "clip"),
+    [
+        ("gale", None),
+        ("gale", "hold"),
+        ("gale", "two_pass"),
+        ("8 bits", "hold"),
+        ("kahan", None),
+        ("optax.adamw", "hold"),
+    ],
+)
 def test_micro_batches_take_one_step_for_the_mean(name, clip):
     inner = {
         "gale": lambda: adamw(range_finder=fixed),
@@ -304,10 +321,8 @@ def test_draws_differ_from_layer_to_layer():
 
 def test_bfloat16_weights_keep_their_dtypes():
     tx, params = adamw(state_dtype="float32"), make_params(jnp.bfloat16)
-    # The quick compilation has no such product.
-    full = functools.partial(run, compiler_options={"xla_backend_optimization_level": 2})
-    got = full(optax_gale.layerwise(MODEL, tx, clip_norm=1.0).step, params, tx.init(params), 3)
-    wanted = full(ordinary(tx, clip_norm=1.0), params, tx.init(params), 3)
+    got = run(optax_gale.layerwise(MODEL, tx, clip_norm=1.0).step, params, tx.init(params), 3)
+    wanted = run(ordinary(tx, clip_norm=1.0), params, tx.init(params), 3)
     assert_same(got, wanted, atol=0.02)
     assert got[2].loss.dtype == jnp.float32
 
