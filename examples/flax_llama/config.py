@@ -17,6 +17,7 @@ from examples.flax_llama.errors import UserError, flag
 from examples.flax_llama.sizes import SIZES, LlamaSize, get_size
 
 FloatName = Literal["float32", "bfloat16"]
+ClipName = Literal["hold", "two_pass", "previous"]
 
 _MOST_DIFFERENCES = 3  # an error is one line
 _PICTURES = (".png", ".svg", ".pdf")
@@ -177,7 +178,7 @@ class TrainingOptions:
     layerwise: bool = False
     """Let each layer take its step in the backward pass, so that there never is a gradient of the
     whole model."""
-    layerwise_clip: Literal["hold", "two_pass", "previous"] = "hold"
+    layerwise_clip: ClipName = "hold"
     """With --layerwise, how the norm to clip by is known in time. hold: gradients wait in the
     subspace; two_pass: another backward pass before; previous: the last step's norm is taken."""
     host_refresh: bool = False
@@ -300,6 +301,14 @@ class MemoryConfig:
     activations and work space too."""
     sequence_length: int = 256
     """Tokens in a sequence."""
+    micro_batches: int = 1
+    """With --batch-size: parts of a batch, computed one after another."""
+    layerwise: bool = False
+    """With --batch-size: let each layer take its step in the backward pass."""
+    clip_norm: float = TrainingOptions.clip_norm
+    """With --batch-size: norm to which gradients are clipped; 0: not at all."""
+    layerwise_clip: ClipName = TrainingOptions.layerwise_clip
+    """With --layerwise: how the norm is known in time."""
     budget: str | None = None
     """Memory of the device, such as 24GiB or 24GB: tell whether the step fits, and the largest
     batch that does."""
@@ -316,11 +325,22 @@ class MemoryConfig:
                 if getattr(self, name) is not None:
                     raise UserError(f"--{name} is about the whole step: add --batch-size")
             return
-        _positive("--batch-size", self.batch_size)
+        self.training().check()
         _positive("--sequence-length", self.sequence_length)
         _check_length(self.model, self.sequence_length)
         if self.picture is not None and self.picture.suffix not in _PICTURES:
             raise UserError(f"--picture must end in {', '.join(_PICTURES)}, got {self.picture}")
+
+    def training(self, batch_size: int | None = None) -> TrainingOptions:
+        """What of a training's options matters to its memory."""
+        size = self.batch_size if batch_size is None else batch_size
+        return TrainingOptions(
+            batch_size=TrainingOptions.batch_size if size is None else size,
+            micro_batches=self.micro_batches,
+            layerwise=self.layerwise,
+            clip_norm=self.clip_norm,
+            layerwise_clip=self.layerwise_clip,
+        )
 
 
 def _check_run(config: TrainConfig | CompareConfig) -> None:

@@ -10,11 +10,11 @@ import optax
 
 import optax_gale
 from examples.flax_llama import optimizers, plots, step_memory
-from examples.flax_llama.config import MemoryConfig, TrainingOptions
+from examples.flax_llama.config import MemoryConfig
 from examples.flax_llama.errors import UserError
 from examples.flax_llama.metrics import human_bytes
 from examples.flax_llama.model import Llama
-from examples.flax_llama.step import check_backend, trace_init
+from examples.flax_llama.step import Walk, check_backend, trace_init
 from examples.flax_llama.tables import aligned
 
 
@@ -94,7 +94,8 @@ def run(config: MemoryConfig) -> str:
     )
     if config.batch_size is not None:
         check_backend(config.model.attention_backend)
-    training = TrainingOptions()
+    training = config.training()
+    walk = Walk.of(training)
     names = config.optimizers.split(",")
     rows, reports = [], []
     steps: dict[str, step_memory.StepMemory] = {}
@@ -102,7 +103,7 @@ def run(config: MemoryConfig) -> str:
         settings = optimizers.resolve(name, options, size, training.steps)
         tx = optimizers.build(name, settings, training)
         with optimizers.refusals(name):
-            shapes = trace_init(model, tx, seed=0).out_info
+            shapes = trace_init(model, tx, 0, walk).out_info
         parts = breakdown(shapes.params, shapes.opt_state)
         check_projects(name, settings, parts)
         label = f"{name}, rank {settings['rank']}" if "rank" in settings else name
@@ -110,7 +111,8 @@ def run(config: MemoryConfig) -> str:
         if config.details:
             reports.append(report(name, tx, shapes.params))
         if config.batch_size is not None:
-            steps[label] = step_memory.measure(config, model, tx, shapes, config.batch_size)
+            with optimizers.refusals(name):
+                steps[label] = step_memory.measure(config, model, tx, shapes, config.batch_size)
     header = ["optimizer", *Breakdown._fields, "total"]
     title = f"LLaMA {config.model.size}, {config.model.param_dtype} weights, no activations"
     text = [*reports, title, aligned(header, rows)]

@@ -12,7 +12,7 @@ from examples.flax_llama.config import MemoryConfig
 from examples.flax_llama.errors import UserError
 from examples.flax_llama.metrics import human_bytes
 from examples.flax_llama.model import Llama
-from examples.flax_llama.step import TrainState, make_train_step
+from examples.flax_llama.step import WHOLE, TrainState, Walk, make_train_step
 from examples.flax_llama.tables import aligned
 from optax_gale import LargestBatch, StepMemoryReport
 
@@ -68,13 +68,17 @@ def measure(
                 (n, config.sequence_length),
                 loss_chunks=config.model.loss_chunks,
                 budget=config.budget,
+                walk=Walk.of(config.training(n)),
             )
         return reports[n]
 
     report = report_of(batch_size)
     if config.budget is None:
         return StepMemory(report, None)
-    return StepMemory(report, optax_gale.largest_batch(report_of, config.budget, start=batch_size))
+    largest = optax_gale.largest_batch(
+        report_of, config.budget, start=batch_size, multiple=config.micro_batches
+    )
+    return StepMemory(report, largest)
 
 
 def step_report(
@@ -85,6 +89,7 @@ def step_report(
     *,
     loss_chunks: int = 1,
     budget: str | None = None,
+    walk: Walk = WHOLE,
 ) -> StepMemoryReport:
     """Reports on the step that `train` would run.
 
@@ -95,9 +100,10 @@ def step_report(
       shape: sequences a step and tokens a sequence.
       loss_chunks: in how many pieces the logits are computed.
       budget: memory of the device.
+      walk: how the step goes through the batch and the layers.
     """
     return optax_gale.step_memory_report(
-        make_train_step(model, tx, optax.constant_schedule(0.0), loss_chunks),
+        make_train_step(model, tx, optax.constant_schedule(0.0), loss_chunks, walk),
         state,
         batch_shapes(shape),
         where=lambda state, batch: (state.params, state.opt_state),
