@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optax_gale import _sharding
 from optax_gale.quantization import packing
-from optax_gale.quantization.codes import CODES, CodeName, neighbour
+from optax_gale.quantization.codes import CODES, Code, CodeName, neighbour
 
 BLOCK_SIZE = 256
 
@@ -90,8 +90,8 @@ def quantize(
     sign of the number that is largest: so that one is exact, whatever its sign, and an average that
     is stored again and again does not shrink. Blocks do not cross rows; the last one of a row may
     be shorter.
-    A block of zeros stays zero, and one that holds NaN or an infinity becomes NaN as a whole: what
-    is wrong stays visible, and within its block.
+    A block of zeros stays zero. One that holds NaN or an infinity, or a negative number where the
+    code has none, becomes NaN as a whole: what is wrong stays visible, and within its block.
 
     Args:
       x: floating-point array ``(..., n)`` with at least one axis, not empty.
@@ -141,7 +141,7 @@ def quantize(
 @functools.partial(jax.jit, static_argnames=("code", "block_size"))
 def _quantized(x: jax.Array, key: jax.Array | None, code: CodeName, block_size: int) -> Quantized:
     chosen, wide = CODES[code], x.astype(jnp.float32)
-    scales = _scales(wide, block_size, chosen.signed_scale)
+    scales = _scales(wide, block_size, chosen)
     spread = _spread(scales, block_size, wide)
     divides = jnp.abs(spread) > 0  # also false of NaN
     quotients = jnp.where(divides, wide / jnp.where(divides, spread, 1.0), 0.0)
@@ -176,8 +176,11 @@ def dequantize(q: Quantized, dtype: Any = None) -> jax.Array:
     return (values * _spread(q.scales, q.block_size, values)).astype(dtype or q.dtype)
 
 
-def _scales(x: jax.Array, block_size: int, signed: bool) -> jax.Array:
-    """The largest absolute value of every block, with its sign or not; NaN where not all finite."""
+def _scales(x: jax.Array, block_size: int, code: Code) -> jax.Array:
+    """The largest absolute value of every block, with its sign or not.
+
+    NaN where a block holds what the code has no number for.
+    """
     count, rest = -(-x.shape[-1] // block_size), -x.shape[-1] % block_size
     if _sharding.is_sharded(x, (-1,)) and (rest or count % _sharding.shards(x, -1)):
         x = _sharding.replicate(x, (-1,))  # a block would have parts on several devices
@@ -185,13 +188,16 @@ def _scales(x: jax.Array, block_size: int, signed: bool) -> jax.Array:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, rest)])
     blocks = x.reshape(*x.shape[:-1], count, block_size)
     # Whether comparisons see NaN differs between devices.
-    is_finite = jnp.all(jnp.isfinite(blocks), axis=-1)
-    if signed:
+    is_known = jnp.isfinite(blocks)
+    if not code.has_negative:
+        is_known &= blocks >= 0
+    if code.signed_scale:
         high, low = jnp.max(blocks, axis=-1), jnp.min(blocks, axis=-1)
         largest = jnp.where(high >= -low, high, low)
     else:
         largest = jnp.max(jnp.abs(blocks), axis=-1)
-    return _sharding.replicate(jnp.where(is_finite, largest, jnp.nan), (-1,))
+    largest = jnp.where(jnp.all(is_known, axis=-1), largest, jnp.nan)
+    return _sharding.replicate(largest, (-1,))
 
 
 def _spread(scales: jax.Array, block_size: int, like: jax.Array) -> jax.Array:

@@ -69,6 +69,7 @@ class Code:
       decode: the numbers, float32, at int32 places.
       floor: None, or what no positive number is rounded below. A second moment of zero beside a
         first moment that is not would make the step explode: ``m / (sqrt(0) + eps)``.
+      has_negative: whether there are negative numbers.
       signed_scale: whether blocks are divided by a number that may be negative: the code has 1 but
         not -1.
     """
@@ -80,6 +81,7 @@ class Code:
     encode: Callable[[jax.Array], jax.Array]
     decode: Callable[[jax.Array], jax.Array]
     floor: float | None = None
+    has_negative: bool = True
     signed_scale: bool = False
 
 
@@ -140,7 +142,16 @@ def _signed_dynamic() -> Code:
 
 def _unsigned_dynamic() -> Code:
     numbers = _Dynamic(shift=1)
-    return Code(jnp.uint8, 8, 0, numbers.last, numbers.encode, numbers.decode, numbers.floor)
+    return Code(
+        jnp.uint8,
+        8,
+        0,
+        numbers.last,
+        numbers.encode,
+        numbers.decode,
+        numbers.floor,
+        has_negative=False,
+    )
 
 
 def _linear(bits: int) -> Code:

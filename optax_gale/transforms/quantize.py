@@ -62,9 +62,11 @@ def quantize_states(
     ``m / eps``. Rounded up, it makes a shorter step, of a component a thousand times smaller than
     the block's largest.
 
-    Which arrays are moments, and of which kind, is known by the names of Optax's own fields, as in
-    `gale`. All others stay as they are: step counters, unknown fields, copies of parameters, and
-    arrays that are small or would not shrink.
+    Which arrays are moments, and of which kind, is known of Optax's own states, and of others whose
+    fields have names with one meaning (``mu``, ``nu``, ``trace``, ...), as in `gale`. All others
+    stay as they are unless ``fields`` names them: step counters, unknown fields, copies of
+    parameters, gradients that are summed or held for a step (``optax.MultiSteps``), and arrays that
+    are small or would not shrink.
 
     Args:
       inner: any transformation; `gale` also keeps its own inner's moments this way with
@@ -76,7 +78,8 @@ def quantize_states(
         averages then follow changes that are smaller than half the distance of two numbers.
       seed: from which, with the array's place and the step, random numbers derive.
       fields: kind (``"first"``, ``"second"``, ``"variance"``, ``"norm"``, or ``"keep"`` for none)
-        of state fields that Optax's own transformations do not have, or that are to be kept.
+        of state fields that are not known, that mean something else, or that are to be kept. A
+        hand-written Adam's, say: ``{"m": "first", "v": "second"}``.
 
     Returns:
       The transformation.
@@ -113,7 +116,7 @@ def quantize_states(
         leaves, treedef = jax.tree.flatten(inner_state, is_leaf=storage.is_stored)
         for found in moments.fields(inner_state, trees.key_paths(params), known):
             x = found.array
-            code = _CODES.get(found.kind or "keep")
+            code = _CODES.get(found.meaning.stored)
             if code is not None and _shrinks(x, code, block_size, min_size):
                 leaves[found.index] = storage.quantized(x, code, block_size)
         return QuantizeStatesState(jnp.zeros((), jnp.int32), jax.tree.unflatten(treedef, leaves))

@@ -129,6 +129,18 @@ def test_what_is_not_finite_stays_visible_and_within_its_block(code, bad, key):
 
 
 @pytest.mark.parametrize("key", [None, 0])
+def test_a_negative_number_without_a_sign_is_not_taken_for_zero(key):
+    x = jnp.ones((2, 8)).at[0, 1].set(-1e-3)
+    key = None if key is None else jax.random.key(key)
+    got = dequantize(quantize(x, "dynamic_unsigned", block_size=4, key=key))
+    wrong = np.zeros((2, 8), bool)
+    wrong[0, :4] = True
+    assert np.all(np.isnan(got[wrong])) and np.all(got[~wrong] == 1)
+    minus_zero = dequantize(quantize(-jnp.zeros(4).at[0].set(-1.0), "dynamic_unsigned"))
+    np.testing.assert_array_equal(minus_zero, [1.0, 0.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("key", [None, 0])
 @pytest.mark.parametrize("size", [1.0, 1e-20, 1e20])
 def test_no_positive_number_becomes_zero_without_a_sign(key, size):
     """Zero stays zero, and everything else gets at least the smallest number of the code."""
