@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_gale import _sharding
 from optax_gale.quantization import packing
@@ -59,21 +61,43 @@ class Quantized:
 def quantized_nbytes(shape: tuple[int, ...], code: CodeName, block_size: int = BLOCK_SIZE) -> int:
     """Bytes that an array of a shape would take, codes and scales.
 
+    Raises:
+      TypeError: if ``block_size`` is no int.
+      ValueError: if the shape has no axis, or ``code`` or ``block_size`` is unknown or out of range.
+
     Example:
       >>> from optax_gale.quantization import quantized_nbytes
       >>> quantized_nbytes((128, 1024), "int8")
       133120
     """
+    _check_code(code)
+    block_size = checked_block_size(block_size)
+    if not isinstance(shape, Sequence) or not shape:
+        raise ValueError(f"`shape` must be a tuple of at least one length, got {shape!r}.")
     *batch, n = shape
     return math.prod(batch) * (-(-n * CODES[code].bits // 8) + 4 * -(-n // block_size))
 
 
-def check_block_size(block_size: Any) -> None:
-    """Raises TypeError or ValueError unless a block size is an int of at least 1."""
-    if not isinstance(block_size, int) or isinstance(block_size, bool):
+def checked_block_size(block_size: Any) -> int:
+    """A block size as an int; raises TypeError or ValueError unless it is one of at least 1."""
+    if not isinstance(block_size, (int, np.integer)) or isinstance(block_size, bool):
         raise TypeError(f"`block_size` must be an int, got {block_size!r}. Use 256 if unsure.")
     if block_size < 1:
         raise ValueError(f"`block_size` must be at least 1, got {block_size}. Use 256 if unsure.")
+    return int(block_size)
+
+
+def _check_code(code: Any) -> None:
+    if not isinstance(code, str) or code not in CODES:
+        raise ValueError(f"`code` must be one of {tuple(CODES)}, got {code!r}.")
+
+
+def _check_key(key: Any) -> None:
+    dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
+    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and ndim == 0
+    if not is_typed and not (dtype == jnp.uint32 and ndim == 1):
+        given = repr(key) if dtype is None else f"{dtype} {key.shape}"
+        raise TypeError(f"`key` must be None or one PRNG key (jax.random.key(0)), got {given}.")
 
 
 def quantize(
@@ -108,7 +132,7 @@ def quantize(
       The quantised array.
 
     Raises:
-      TypeError: if x is not of floating point, or ``block_size`` no int.
+      TypeError: if x is not of floating point, ``block_size`` no int, or ``key`` no key.
       ValueError: if x has no axis or no elements, or ``code`` or ``block_size`` is unknown or out
         of range.
 
@@ -131,10 +155,10 @@ def quantize(
         raise TypeError(f"`x` must be of floating point, got {x.dtype} {x.shape}.")
     if not x.ndim or not x.size:
         raise ValueError(f"`x` must have an axis and an element, got shape {x.shape}.")
-    if code not in CODES:
-        raise ValueError(f"`code` must be one of {tuple(CODES)}, got {code!r}.")
-    check_block_size(block_size)
-    return _quantized(x, key, code, block_size)
+    _check_code(code)
+    if key is not None:
+        _check_key(key)
+    return _quantized(x, key, code, checked_block_size(block_size))
 
 
 # One program also where nothing else is compiled: operation by operation, it is some dozens.
@@ -153,7 +177,6 @@ def _quantized(x: jax.Array, key: jax.Array | None, code: CodeName, block_size: 
     return Quantized(codes, scales, code, block_size, x.shape[-1], str(x.dtype))
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
 def dequantize(q: Quantized, dtype: Any = None) -> jax.Array:
     """The array that a quantised one stands for.
 
@@ -164,16 +187,34 @@ def dequantize(q: Quantized, dtype: Any = None) -> jax.Array:
     Returns:
       ``(..., n)``.
 
+    Raises:
+      TypeError: if q is no quantised array, or ``dtype`` no floating type.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from optax_gale.quantization import dequantize, quantize
       >>> dequantize(quantize(jnp.eye(3), "int4")).tolist()
       [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     """
+    if not isinstance(q, Quantized):
+        raise TypeError(
+            f"`q` must be a Quantized, what `quantize` returns, got {type(q).__name__}."
+        )
+    try:
+        found = jnp.dtype(q.dtype if dtype is None else dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise TypeError(f"`dtype` must be None or a floating type, got {dtype!r}.")
+    return _dequantized(q, found)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _dequantized(q: Quantized, dtype: Any) -> jax.Array:
     code = CODES[q.code]
     places = packing.unpack(q.codes, q.length) if code.bits == 4 else q.codes
     values = code.decode(places.astype(jnp.int32))
-    return (values * _spread(q.scales, q.block_size, values)).astype(dtype or q.dtype)
+    return (values * _spread(q.scales, q.block_size, values)).astype(dtype)
 
 
 def _scales(x: jax.Array, block_size: int, code: Code) -> jax.Array:

@@ -10,10 +10,10 @@ import numpy as np
 import optax
 
 from optax_gale.quantization import BLOCK_SIZE, quantized_nbytes
-from optax_gale.quantization.blockwise import check_block_size
+from optax_gale.quantization.blockwise import checked_block_size
 from optax_gale.quantization.codes import CodeName
 from optax_gale.transforms import moments, storage, trees
-from optax_gale.transforms.apply import check_transformation
+from optax_gale.transforms.apply import check_state, check_transformation
 from optax_gale.transforms.moments import MomentKind
 from optax_gale.transforms.options import check_seed
 
@@ -103,7 +103,7 @@ def quantize_states(
       <https://arxiv.org/abs/2110.02861>`_, 2022.
     """
     check_transformation("inner", inner)
-    check_block_size(block_size)
+    block_size = checked_block_size(block_size)
     _check_min_size(min_size)
     check_seed(seed)
     known = _checked_fields(fields)
@@ -127,6 +127,9 @@ def quantize_states(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, QuantizeStatesState]:
+        check_state(state, QuantizeStatesState)
+        if params is not None:
+            trees.check_updates(updates, params)
         read = jax.tree.map(
             lambda x: storage.boxed_value(x) if storage.is_quantized(x) else x,
             state.inner_state,

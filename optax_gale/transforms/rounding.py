@@ -16,7 +16,13 @@ import optax
 from optax_gale import _sharding
 from optax_gale.linalg._split import rounded
 from optax_gale.transforms import trees
-from optax_gale.transforms.apply import Halves, check_transformation, extended, halves_of
+from optax_gale.transforms.apply import (
+    Halves,
+    check_state,
+    check_transformation,
+    extended,
+    halves_of,
+)
 from optax_gale.transforms.options import check_seed
 
 
@@ -66,7 +72,7 @@ def stochastic_rounding(
 
     Raises:
       TypeError: if ``inner`` is no transformation.
-      ValueError: in ``update``, if it gets no ``params``.
+      ValueError: in ``update``, if it gets no ``params``, or updates of another structure or shape.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_gale
@@ -111,7 +117,7 @@ def stochastic_rounding(
         count = optax.safe_increment(state.count)
         return treedef.unflatten(steps), state._replace(count=count)
 
-    return _outermost("stochastic_rounding", inner, init, round_sums)
+    return _outermost("stochastic_rounding", StochasticRoundingState, inner, init, round_sums)
 
 
 def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -134,7 +140,7 @@ def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransf
 
     Raises:
       TypeError: if ``inner`` is no transformation.
-      ValueError: in ``update``, if it gets no ``params``.
+      ValueError: in ``update``, if it gets no ``params``, or updates of another structure or shape.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_gale
@@ -171,11 +177,17 @@ def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransf
     ) -> tuple[optax.Updates, KahanSummationState]:
         del layer
         leaves, treedef = trees.flatten(params)
-        steps, left = treedef.flatten_up_to(updates), treedef.flatten_up_to(state.compensation)
+        steps = treedef.flatten_up_to(updates)
+        left = trees.flatten_like(treedef, "state.compensation", state.compensation, "parameters")
         for i, (leaf, u, c) in enumerate(zip(leaves, steps, left, strict=True)):
             if not _is_rounded(leaf, u):
                 continue
             w = leaf.value
+            if jnp.shape(trees.unbox(c)) != w.shape:
+                raise ValueError(
+                    f"'{leaf.path}' has shape {w.shape}, but the state's compensation for it has "
+                    f"{jnp.shape(trees.unbox(c))}: the state was made for other parameters."
+                )
             total = _sum(w, trees.unbox(u)) + trees.unbox(c).astype(jnp.float32)
             step = _difference(total.astype(w.dtype), w)
             # Of the weight that applying the step gives, whatever rounding that takes.
@@ -183,11 +195,12 @@ def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransf
             steps[i], left[i] = _like(u, step), _like(c, missing.astype(w.dtype))
         return treedef.unflatten(steps), state._replace(compensation=treedef.unflatten(left))
 
-    return _outermost("kahan_summation", inner, init, round_sums)
+    return _outermost("kahan_summation", KahanSummationState, inner, init, round_sums)
 
 
 def _outermost(
     name: str,
+    kind: type,
     inner: optax.GradientTransformation,
     init: Callable[[Any], Any],
     round_sums: Callable[..., tuple[Any, Any]],
@@ -196,6 +209,7 @@ def _outermost(
 
     Args:
       name: the wrapper's name, for the error.
+      kind: the class of its state.
       inner: the transformation inside.
       init: makes the state, a named tuple with ``inner_state``.
       round_sums: ``(updates, state, params, layer) -> (updates, state)``; ``layer`` tells the
@@ -204,22 +218,33 @@ def _outermost(
     inner = optax.with_extra_args_support(inner)
     within = halves_of(inner)
 
+    def check(updates, state, params):
+        if params is None:
+            raise ValueError(
+                f"{name} rounds the sum of parameters and updates: pass `params` to `update`."
+            )
+        check_state(state, kind)
+        trees.check_updates(updates, params)
+
     def finish(updates, inner_state, state, params, extra_args):
         state = state._replace(inner_state=inner_state)
         return round_sums(updates, state, params, extra_args.get("layer"))
 
     def update(updates, state, params=None, **extra_args):
-        _check_params(name, params)
+        check(updates, state, params)
         updates, new = inner.update(updates, state.inner_state, params, **extra_args)
         return finish(updates, new, state, params, extra_args)
 
     def project(grads, state, params, **extra_args):
+        check_state(state, kind)
+        if params is not None:
+            trees.check_updates(grads, params)
         projected, new = within.project(grads, state.inner_state, params, **extra_args)
         return projected, state._replace(inner_state=new)
 
-    def update_projected(projected, state, params, **extra_args):
-        _check_params(name, params)
-        updates, new = within.update(projected, state.inner_state, params, **extra_args)
+    def update_projected(projected, state, params, *, like, **extra_args):
+        check(like, state, params)
+        updates, new = within.update(projected, state.inner_state, params, like=like, **extra_args)
         return finish(updates, new, state, params, extra_args)
 
     def apply_projected(projected, state, params, implementation, **extra_args):
@@ -283,10 +308,3 @@ def _difference(new: jax.Array, old: jax.Array) -> jax.Array:
 
 def _like(box: Any, value: jax.Array) -> Any:
     return trees.rebox(box if trees.is_box(box) else None, value)
-
-
-def _check_params(name: str, params: Any) -> None:
-    if params is None:
-        raise ValueError(
-            f"{name} rounds the sum of parameters and updates: pass `params` to `update`."
-        )

@@ -220,8 +220,43 @@ def test_codes_stay_where_the_array_is(kind, code, n):
         (jnp.ones(4), {"code": "int5"}, ValueError, "`code` must be one of"),
         (jnp.ones(4), {"block_size": 0}, ValueError, "`block_size` must be at least 1, got 0"),
         (jnp.ones(4), {"block_size": 2.0}, TypeError, "`block_size` must be an int, got 2.0"),
+        (jnp.ones(4), {"code": ["int8"]}, ValueError, r"`code` must be one of .* got \['int8'\]"),
+        (jnp.ones(4), {"key": 3}, TypeError, "`key` must be None or one PRNG key .* got 3"),
+        (jnp.ones(4), {"key": jnp.ones(2)}, TypeError, r"one PRNG key .* got float32 \(2,\)"),
+        (jnp.ones(4), {"key": jax.random.split(jax.random.key(0))}, TypeError, r"key<fry> \(2,\)"),
     ],
 )
 def test_what_makes_no_sense_is_refused(x, options, error, words):
     with pytest.raises(error, match=words):
         quantization.quantize(x, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (((3, 4), "int5"), ValueError, "`code` must be one of .* got 'int5'"),
+        (((3, 4), ["int8"]), ValueError, "`code` must be one of"),
+        (((), "int8"), ValueError, r"`shape` must be a tuple of at least one length, got \(\)"),
+        ((3, "int8"), ValueError, "`shape` must be a tuple of at least one length, got 3"),
+        (((3, 4), "int8", 0), ValueError, "`block_size` must be at least 1"),
+    ],
+)
+def test_bytes_of_what_makes_no_sense(arguments, error, words):
+    with pytest.raises(error, match=words):
+        quantized_nbytes(*arguments)
+
+
+def test_what_cannot_be_read_is_refused():
+    with pytest.raises(TypeError, match="`q` must be a Quantized, .* got ArrayImpl"):
+        quantization.dequantize(jnp.ones(4))
+    for dtype in ("int32", "float33", [1]):
+        with pytest.raises(TypeError, match="`dtype` must be None or a floating type"):
+            quantization.dequantize(quantize(jnp.ones(4)), dtype)
+
+
+def test_block_sizes_of_numpy():
+    q = quantization.quantize(jnp.ones(8), block_size=np.int64(4))
+    assert type(q.block_size) is int and q.scales.shape == (2,)
+    # Of another type, it would be another pytree.
+    assert jax.tree.structure(q) == jax.tree.structure(quantize(jnp.ones(8), block_size=4))
+    assert quantized_nbytes((8,), "int8", np.int32(4)) == 16

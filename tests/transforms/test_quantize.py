@@ -364,6 +364,18 @@ def test_what_makes_no_sense_is_refused(options, error, words):
         optax_gale.quantize_states(inner, **options)
 
 
+def test_updates_refuse_what_is_not_theirs():
+    inner = optax.sgd(0.1, momentum=0.9)
+    tx, params = optax_gale.quantize_states(inner, block_size=np.int32(64)), draw(0)
+    state = tx.init(params)
+    with pytest.raises(TypeError, match="`state` must be what .* a QuantizeStatesState, got tuple"):
+        tx.update(params, inner.init(params), params)
+    with pytest.raises(ValueError, match="`updates` does not have the structure of the parameters"):
+        tx.update({"kernel": params["kernel"]}, state, params)
+    with pytest.raises(ValueError, match=r"'bias' has shape \(1,\), .* shape \(40,\)"):
+        tx.update({**params, "bias": jnp.ones(1)}, state, params)
+
+
 def test_vmap_is_a_loop():
     tx = optax_gale.quantize_states(optax.adam(0.1), min_size=0, stochastic_rounding=True)
     params = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), draw(0))

@@ -197,3 +197,23 @@ def test_errors(wrapper):
     params = jnp.ones(2, jnp.bfloat16)
     with pytest.raises(ValueError, match="pass `params` to `update`"):
         tx.update(params, tx.init(params))
+    inner = optax.sgd(1e-3, momentum=0.9)
+    tx, params = wrapper(inner), {"w": jnp.ones((4, 3), jnp.bfloat16)}
+    state = tx.init(params)
+    with pytest.raises(TypeError, match=rf"`state` must be .* a {type(state).__name__}, got tuple"):
+        tx.update(params, inner.init(params), params)
+    with pytest.raises(ValueError, match="`updates` does not have the structure of the parameters"):
+        tx.update({"v": params["w"]}, state, params)
+    # It would be broadcast.
+    with pytest.raises(ValueError, match=r"'w' has shape \(3,\), .* has shape \(4, 3\)"):
+        tx.update({"w": jnp.ones(3)}, state, params)
+
+
+def test_a_compensation_of_other_weights_is_refused():
+    tx, params = optax_gale.kahan_summation(optax.sgd(1e-3)), {"w": jnp.ones((4, 3), jnp.bfloat16)}
+    for other, words in (
+        ({"w": jnp.ones(3, jnp.bfloat16)}, r"'w' has shape \(4, 3\), .* compensation .* \(3,\)"),
+        ({"v": params["w"]}, "`state.compensation` does not have the structure"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tx.update(params, tx.init(other), params)
