@@ -63,7 +63,7 @@ def quantized_nbytes(shape: tuple[int, ...], code: CodeName, block_size: int = B
 
     Raises:
       TypeError: if ``block_size`` is no int.
-      ValueError: if the shape has no axis, or ``code`` or ``block_size`` is unknown or out of range.
+      ValueError: if the shape has no axis, or ``code`` is unknown or ``block_size`` out of range.
 
     Example:
       >>> from optax_gale.quantization import quantized_nbytes
