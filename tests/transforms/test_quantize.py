@@ -327,14 +327,14 @@ def test_stochastic_rounding_follows_small_changes():
 
 
 def test_seeds_places_and_steps_make_the_random_numbers():
-    def codes(seed, steps=1):
+    same = {"a": draw(0)["kernel"], "b": draw(0)["kernel"]}
+
+    def codes(seed, count=0):
         tx = optax_gale.quantize_states(
             optax.adam(0.1), min_size=0, stochastic_rounding=True, seed=seed
         )
-        same = {"a": draw(0)["kernel"], "b": draw(0)["kernel"]}
-        state = tx.init(same)
-        for _ in range(steps):
-            _, state = tx.update(same, state, same)
+        state = tx.init(same)._replace(count=jnp.int32(count))
+        _, state = tx.update(same, state, same)
         return jax.tree.map(lambda x: np.asarray(x.codes), state.inner_state[0].mu,
                             is_leaf=is_quantized)  # fmt: skip
 
@@ -342,6 +342,7 @@ def test_seeds_places_and_steps_make_the_random_numbers():
     chex.assert_trees_all_equal(first, codes(0))
     assert np.any(first["a"] != first["b"])
     assert np.any(first["a"] != codes(1)["a"])
+    assert np.any(first["a"] != codes(0, count=1)["a"])
 
 
 @pytest.mark.parametrize(
@@ -460,6 +461,21 @@ def test_a_refresh_rotates_the_values(name):
         wanted = np.abs(q**2 @ (v - over * m**2) + over * (q @ m) ** 2) * (moments == "rotate")
         assert np.abs(got.nu["kernel"] - 0.999 * wanted).max() < 0.03 * v.max()
         assert np.all(got.nu["kernel"] >= 0)
+
+
+@pytest.mark.parametrize("projector", ["int8", "int4"])
+def test_moments_are_turned_by_the_projectors_that_are_stored(projector):
+    """Not by those that were found, which no gradient ever met; moments in float32 show it."""
+    tx = optax_gale.gale(
+        optax.trace(0.9), RANK, range_finder=turned, projector_dtype=projector, side="short"
+    )
+    params = {"w": draw(0)["kernel"]}
+    update = jax.jit(functools.partial(tx.update, refresh=True))
+    _, before = update({"w": draw(1)["kernel"]}, tx.init(params), params)
+    _, after = update({"w": 1e-9 * draw(2)["kernel"]}, before, params)
+    old, new = (np.asarray(read(s.projector)["w"], np.float64) for s in (before, after))
+    wanted = 0.9 * (new.T @ old) @ np.asarray(before.inner_state.trace["w"], np.float64)
+    np.testing.assert_allclose(after.inner_state.trace["w"], wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", GALES)
