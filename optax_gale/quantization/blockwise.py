@@ -23,7 +23,8 @@ class Quantized:
     """An array ``(..., n)`` in a few bits an element; see `quantize`.
 
     It is a pytree of two arrays: it goes through `jax.jit`, `jax.vmap` over leading axes and
-    checkpoints, and can be sharded as the array that it stands for.
+    checkpoints, and can be sharded as the array that it stands for. On a mesh with Explicit axes,
+    scales are not sharded along the last axis, nor are bytes whose halves would be on two devices.
 
     Attributes:
       codes: places in the code, ``(..., n)`` uint8 or int8; for ``"int4"`` two to a byte,

@@ -6,9 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_gale import _sharding
+
 
 def pack(x: jax.Array) -> jax.Array:
     """Packs pairs of neighbours along the last axis into bytes, the first one in the low half.
+
+    On a mesh with Explicit axes bytes are sharded as x is, but along the last axis only where both
+    numbers of each are on one device.
 
     Args:
       x: integers in [-8, 7], ``(..., n)``.
@@ -33,6 +38,8 @@ def pack(x: jax.Array) -> jax.Array:
         low, high = int(x.min()), int(x.max())
         if low < -8 or high > 7:
             raise ValueError(f"`x` must be integers in [-8, 7], got some from {low} to {high}.")
+    if _sharding.is_sharded(x, (-1,)) and x.shape[-1] % (2 * _sharding.shards(x, -1)):
+        x = _sharding.replicate(x, (-1,))  # a byte would have its halves on two devices
     if x.shape[-1] % 2:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)])
     halves = (x & 15).astype(jnp.uint8)
@@ -61,6 +68,8 @@ def unpack(x: jax.Array, length: int) -> jax.Array:
             f"`length` must be what was packed into the {x.shape[-1]} bytes of a row of `x` "
             f"{x.shape}, {max(2 * x.shape[-1] - 1, 0)} or {2 * x.shape[-1]}, got {length}."
         )
+    if length % 2:
+        x = _sharding.replicate(x, (-1,))  # or the last device would have fewer numbers
     halves = jnp.stack([x & 15, x >> 4], axis=-1).astype(jnp.int8)
     halves = halves.reshape(*x.shape[:-1], 2 * x.shape[-1])[..., :length]
     return (halves ^ 8) - 8  # the sign from the fourth bit

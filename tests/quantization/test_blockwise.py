@@ -189,7 +189,7 @@ def test_it_is_a_pytree_of_two_arrays():
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("code", ["dynamic", "int8"])
+@pytest.mark.parametrize("code", ["dynamic", "int8", "int4"])
 @pytest.mark.parametrize("n", [64, 24])  # blocks that fit the devices, and that do not
 def test_codes_stay_where_the_array_is(kind, code, n):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(getattr(AxisType, kind),) * 2)
@@ -209,6 +209,31 @@ def test_codes_stay_where_the_array_is(kind, code, n):
         assert jax.typeof(random.codes).sharding.spec == P("data", "model")
     elif n == 64:
         assert q.codes.sharding.is_equivalent_to(placed.sharding, 2)
+
+
+@pytest.mark.parametrize(("devices", "n"), [(8, 24), (8, 8), (3, 9), (3, 3)])
+def test_bytes_are_not_divided_between_devices(devices, n):
+    """Odd numbers of elements on each of them, and odd rows."""
+    mesh = jax.make_mesh(
+        (devices,), ("model",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:devices]
+    )
+    x = jax.random.normal(jax.random.key(0), (2, n))
+    want = quantize(x, "int4", block_size=16)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, NamedSharding(mesh, P(None, "model")))
+        for key in (None, jax.random.key(0)):
+            q = jax.jit(lambda x, key=key: quantize(x, "int4", block_size=16, key=key))(placed)
+            back = jax.jit(dequantize)(q)
+            assert jax.typeof(q.codes).sharding.spec == P(None, None)
+            if key is None:
+                np.testing.assert_array_equal(q.codes, want.codes)
+                np.testing.assert_array_equal(back, dequantize(want))
+        # Bytes that someone else has divided, of an odd row.
+        packed = jnp.zeros((2, devices), jnp.uint8)
+        packed = jax.device_put(packed, NamedSharding(mesh, P(None, "model")))
+        assert quantization.unpack(packed, 2 * devices - 1).shape == (2, 2 * devices - 1)
+        even = jax.jit(quantization.unpack, static_argnums=1)(packed, 2 * devices)
+        assert jax.typeof(even).sharding.spec == P(None, "model")
 
 
 @pytest.mark.parametrize(
