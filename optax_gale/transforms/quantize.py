@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_gale.quantization import BLOCK_SIZE, quantized_nbytes
+from optax_gale.quantization import BLOCK_SIZE
 from optax_gale.quantization.blockwise import checked_block_size
 from optax_gale.quantization.codes import CodeName
 from optax_gale.transforms import moments, storage, trees
@@ -57,16 +57,17 @@ def quantize_states(
     first moments, unsigned for second ones, ``1 + 4 / block_size`` bytes an element. Blocks run
     along the last axis, so codes have the shape and can have the sharding of what they stand for.
 
-    A second moment that is not zero is never rounded to zero but up to the smallest number of its
-    block, 3.25e-7 of the largest: beside a first moment that is not zero, zero would make a step of
+    A second moment that is not zero is rounded up to the smallest number of its block, 3.25e-7 of
+    the largest, never to zero: beside a first moment that is not zero, zero would make a step of
     ``m / eps``. Rounded up, it makes a shorter step, of a component a thousand times smaller than
-    the block's largest.
+    the block's largest. (Where the largest is below 4e-32, the smallest number is below float32's
+    own, and zero.)
 
     Which arrays are moments, and of which kind, is known of Optax's own states, and of others whose
     fields have names with one meaning (``mu``, ``nu``, ``trace``, ...), as in `gale`. All others
     stay as they are unless ``fields`` names them: step counters, unknown fields, copies of
-    parameters, gradients that are summed or held for a step (``optax.MultiSteps``), and arrays that
-    are small or would not shrink.
+    parameters, gradients that are summed or held for a step (``optax.MultiSteps``), float64 arrays,
+    and arrays that are small or would not shrink.
 
     Args:
       inner: any transformation; `gale` also keeps its own inner's moments this way with
@@ -187,8 +188,9 @@ def _shrinks(boxed: Any, code: CodeName, block_size: int, min_size: int) -> bool
     x = trees.unbox(boxed)
     if storage.is_quantized(x) or not jnp.issubdtype(x.dtype, jnp.floating) or not x.ndim:
         return False
-    is_large = x.size >= max(min_size, 1)
-    return is_large and quantized_nbytes(x.shape, code, block_size) < x.size * x.dtype.itemsize
+    # Scales are float32: they have neither float64's range nor its precision.
+    is_meant = x.dtype.itemsize <= 4 and x.size >= max(min_size, 1)
+    return is_meant and storage.shrinks(x.shape, x.dtype, code, block_size)
 
 
 def _check_min_size(min_size: Any) -> None:

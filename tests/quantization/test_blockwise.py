@@ -151,6 +151,14 @@ def test_no_positive_number_becomes_zero_without_a_sign(key, size):
     np.testing.assert_allclose(got[[1, 2, 4]], 3.25e-7, rtol=1e-6)
 
 
+def test_the_smallest_number_of_a_code_is_none_of_float32_in_tiny_blocks():
+    """The documented end of what is never zero."""
+    for size, is_zero in ((4e-32, False), (3e-32, True)):
+        x = jnp.float32([size, 3.1e-7 * size if not is_zero else 1.2e-38])
+        got = dequantize(quantize(x, "dynamic_unsigned"))
+        assert x[1] > 0 and (got[1] < jnp.finfo(jnp.float32).tiny) == is_zero
+
+
 def test_subnormal_blocks_are_zero_or_finite():
     x = jnp.full(8, 1e-40)
     for code in CODES:

@@ -703,3 +703,35 @@ def test_half_precision_gradients_meet_one_rounded_projector():
     p = np.asarray(dequantize(state.projector["w"], jnp.bfloat16), np.float64)
     wanted = -p @ (p.T @ np.asarray(grads["w"], np.float64))
     np.testing.assert_allclose(updates["w"], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rank", "shrinks"), [(1, False), (2, True)])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_projector_that_would_grow_stays_in_float32(rank, shrinks, dtype):
+    tx = optax_gale.gale(optax.adamw(0.03), rank, projector_dtype=dtype, side="short")
+    params = {k: draw(0)[k] for k in QUANTISED}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for k in range(2):
+        updates, new = update(draw(k, {k: SHAPES[k] for k in QUANTISED}), state, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+        state = new
+    chex.assert_tree_all_finite(updates)
+    for p in state.projector.values():
+        assert is_quantized(p) == shrinks
+        # Less than in float32, or just that.
+        assert (p.nbytes < 4 * math.prod(p.shape)) == shrinks
+    specs = optax_gale.state_partition_specs(tx, params, {k: P() for k in params})
+    assert jax.tree.structure(specs) == jax.tree.structure(state)
+
+
+def test_float64_stays_as_it_is():
+    """Scales in float32 have not its range: these second moments would be zeros."""
+    with jax.enable_x64(True):
+        params = {"w": 1e-30 * draw(0)["kernel"].astype(jnp.float64)}
+        inner = optax.adam(0.1, eps=1e-300)
+        tx = optax_gale.quantize_states(inner, min_size=0)
+        updates, state = tx.update(params, tx.init(params), params)
+        expected, _ = inner.update(params, inner.init(params), params)
+        assert not any(map(is_quantized, jax.tree.leaves(state, is_leaf=is_quantized)))
+        chex.assert_trees_all_equal(updates, expected)
+        assert updates["w"].dtype == jnp.float64
