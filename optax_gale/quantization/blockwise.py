@@ -175,7 +175,8 @@ def _quantized(x: jax.Array, key: jax.Array | None, code: CodeName, block_size: 
         # Of x, not of the quotient, which may underflow.
         quotients = jnp.where(wide > 0, jnp.maximum(quotients, chosen.floor), 0.0)
     places = chosen.encode(quotients) if key is None else neighbour(chosen, quotients, key)
-    codes = packing.pack(places) if chosen.bits == 4 else places.astype(chosen.dtype)
+    byte = jnp.int8 if chosen.lowest < 0 else jnp.uint8
+    codes = packing.pack(places) if chosen.bits == 4 else places.astype(byte)
     return Quantized(codes, scales, code, block_size, x.shape[-1], str(x.dtype))
 
 

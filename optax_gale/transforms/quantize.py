@@ -1,6 +1,5 @@
 """Optimizer states in 8 bits, for any transformation."""
 
-import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -64,10 +63,10 @@ def quantize_states(
     own, and zero.)
 
     Which arrays are moments, and of which kind, is known of Optax's own states, and of others whose
-    fields have names with one meaning (``mu``, ``nu``, ``trace``, ...), as in `gale`. All others
-    stay as they are unless ``fields`` names them: step counters, unknown fields, copies of
-    parameters, gradients that are summed or held for a step (``optax.MultiSteps``), float64 arrays,
-    and arrays that are small or would not shrink.
+    fields have names with one meaning (``mu``, ``nu``, ``trace``, ...), as in `gale`. Unknown
+    fields stay as they are unless ``fields`` names them, and so do gradients that are summed or
+    held for a step (``optax.MultiSteps``), as no average evens out what rounding does to them. Step
+    counters, float64 arrays, and arrays that are small or would not shrink always stay.
 
     Args:
       inner: any transformation; `gale` also keeps its own inner's moments this way with
@@ -145,9 +144,9 @@ def quantize_states(
                 return x
             key = None
             if stochastic_rounding:
-                place = zlib.crc32(jax.tree_util.keystr(path).encode())
                 key = jax.random.key(seed, impl="threefry2x32")
-                key = jax.random.fold_in(jax.random.fold_in(key, place), state.count)
+                key = trees.fold_in_path(key, jax.tree_util.keystr(path))
+                key = jax.random.fold_in(key, state.count)
                 if "layer" in extra_args:  # of a stack whose layers take steps of their own
                     key = jax.random.fold_in(key, extra_args["layer"])
             x = storage.quantized_as(old, trees.unbox(x), key)

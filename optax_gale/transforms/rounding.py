@@ -5,7 +5,6 @@ it comes. Two remedies: rounding up or down at random, so that updates arrive on
 keeping what was rounded away.
 """
 
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -105,7 +104,7 @@ def stochastic_rounding(
             key = jax.random.fold_in(key, layer)
 
         def step(leaf: trees.Leaf, u: jax.Array) -> jax.Array:
-            own = jax.random.fold_in(key, zlib.crc32(leaf.path.encode()))
+            own = trees.fold_in_path(key, leaf.path)
             new = round_stochastically(own, _sum(leaf.value, u), leaf.value.dtype)
             return _difference(new, leaf.value)
 

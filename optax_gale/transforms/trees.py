@@ -5,6 +5,7 @@ A *box* is what Flax wraps around an array to carry the names of its axes: Linen
 travel together, and are recognised by their protocol: this module never imports Flax.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -167,6 +168,11 @@ def per_leaf(name: str, option: Any, tree: Any, leaves: Sequence[Leaf]) -> list[
     if callable(option):
         return [option(leaf.path, leaf.value) for leaf in leaves]
     return broadcast_prefix(name, option, tree)
+
+
+def fold_in_path(key: jax.Array, path: str) -> jax.Array:
+    """A key for what a place in a tree draws, alike wherever the place is the same."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def key_paths(tree: Any) -> list[tuple[Any, ...]]:

@@ -280,7 +280,7 @@ def test_bytes_of_what_makes_no_sense(arguments, error, words):
 
 
 def test_what_cannot_be_read_is_refused():
-    with pytest.raises(TypeError, match="`q` must be a Quantized, .* got ArrayImpl"):
+    with pytest.raises(TypeError, match=r"`q` must be a Quantized, .* got ArrayImpl"):
         quantization.dequantize(jnp.ones(4))
     for dtype in ("int32", "float33", [1]):
         with pytest.raises(TypeError, match="`dtype` must be None or a floating type"):

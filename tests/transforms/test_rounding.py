@@ -162,16 +162,18 @@ def test_how_small_an_update_arrives(dtype, compensation_dtype, arrives, stalls)
     """The documented thresholds, at both ends of a power of two, however often it comes."""
     w = jnp.asarray([1.0, 1.98], dtype)
     tx = optax_gale.kahan_summation(optax.identity(), compensation_dtype=compensation_dtype)
-    for exponent in (arrives, stalls):
 
-        def step(carry, _, u=2.0**exponent * w.astype(jnp.float32)):
+    @jax.jit
+    def steps(u):
+        def step(carry, _):
             params, state = carry
             updates, state = tx.update(u, state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        (new, _), _ = jax.jit(lambda s, step=step: jax.lax.scan(step, (w, s), None, 2**16))(
-            tx.init(w)
-        )
+        return jax.lax.scan(step, (w, tx.init(w)), None, 2**16)[0][0]
+
+    for exponent in (arrives, stalls):
+        new = steps(2.0**exponent * w.astype(jnp.float32))
         assert ((new > w) == (exponent == arrives)).all()
 
 
@@ -326,5 +328,5 @@ def test_a_compensation_of_other_weights_is_refused():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float33", 3, jnp.float16])
 def test_a_compensation_is_of_the_weights_dtype_or_float32(dtype):
-    with pytest.raises(ValueError, match="`compensation_dtype` must be None, .* or 'float32', got"):
+    with pytest.raises(ValueError, match=r"`compensation_dtype` must be None, .* or 'float32', got"):
         optax_gale.kahan_summation(optax.sgd(1e-3), compensation_dtype=dtype)
