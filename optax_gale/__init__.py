@@ -1,6 +1,17 @@
 """optax_gale: train every weight while the optimizer keeps its moments in a low-rank subspace."""
 
-from optax_gale import linalg, quantization
+from optax_gale import linalg, quantization, training
+from optax_gale.training import (
+    LargestBatch,
+    LayeredModel,
+    Layerwise,
+    LayerwiseMetrics,
+    LayerwiseState,
+    StepMemoryReport,
+    largest_batch,
+    layerwise,
+    step_memory_report,
+)
 from optax_gale.transforms import (
     AccumulateState,
     GaleDimensionNumbers,
@@ -41,6 +52,11 @@ __all__ = [
     "GaleProjectWarning",
     "GaleState",
     "KahanSummationState",
+    "LargestBatch",
+    "LayeredModel",
+    "Layerwise",
+    "LayerwiseMetrics",
+    "LayerwiseState",
     "LeafMemory",
     "MemoryReport",
     "QuantizeStatesState",
@@ -48,6 +64,7 @@ __all__ = [
     "Rotate",
     "ScaleByOrthogonalizedMomentumState",
     "Sketch",
+    "StepMemoryReport",
     "StochasticRoundingState",
     "accumulate",
     "chain",
@@ -59,12 +76,16 @@ __all__ = [
     "gale_project",
     "gale_sgd",
     "kahan_summation",
+    "largest_batch",
+    "layerwise",
     "linalg",
     "memory_report",
     "quantization",
     "quantize_states",
     "scale_by_orthogonalized_momentum",
     "state_partition_specs",
+    "step_memory_report",
     "stochastic_rounding",
+    "training",
     "update_and_apply",
 ]

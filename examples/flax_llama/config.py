@@ -19,6 +19,7 @@ from examples.flax_llama.sizes import SIZES, LlamaSize, get_size
 FloatName = Literal["float32", "bfloat16"]
 
 _MOST_DIFFERENCES = 3  # an error is one line
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +171,15 @@ class TrainingOptions:
     rounding: Literal["nearest", "stochastic", "kahan"] = "nearest"
     """How new bfloat16 weights are rounded: to nearest, at random, or with what rounding takes kept
     beside them in as much memory as the weights."""
+    micro_batches: int = 1
+    """Parts of a batch, computed one after another. Low-rank optimizers sum their gradients in the
+    subspace; each part is clipped by itself."""
+    layerwise: bool = False
+    """Let each layer take its step in the backward pass, so that there never is a gradient of the
+    whole model."""
+    layerwise_clip: Literal["hold", "two_pass", "previous"] = "hold"
+    """With --layerwise, how the norm to clip by is known in time. hold: gradients wait in the
+    subspace; two_pass: another backward pass before; previous: the last step's norm is taken."""
     host_refresh: bool = False
     """Let the host choose the steps that refresh: two executables, no conditional in either."""
 
@@ -179,6 +189,13 @@ class TrainingOptions:
         if self.steps >= 2**31:
             raise UserError(f"--steps must be less than 2**31, got {self.steps}")
         _positive("--batch-size", self.batch_size)
+        _positive("--micro-batches", self.micro_batches)
+        if self.batch_size % self.micro_batches:
+            raise UserError(
+                f"--micro-batches {self.micro_batches} must divide --batch-size {self.batch_size}"
+            )
+        if self.layerwise_clip != "hold" and not self.layerwise:
+            raise UserError("--layerwise-clip is for --layerwise True; add that, or leave it out")
         _within("--warmup-fraction", self.warmup_fraction, 0.0, 1.0)
         _within("--final-lr-fraction", self.final_lr_fraction, 0.0, 1.0)
         if not (math.isfinite(self.clip_norm) and self.clip_norm >= 0):
@@ -269,14 +286,41 @@ class CompareConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """Print where the memory would go, from shapes alone: nothing is allocated."""
+    """Print where the memory would go: nothing is allocated.
+
+    From shapes alone, or, with --batch-size, from the training step's compiled program.
+    """
 
     optimizers: str = "adamw,galore,gale_adamw"
     """Optimizers to tabulate, separated by commas."""
     details: bool = False
     """Also print what the optimizer does with each weight, and why."""
+    batch_size: int | None = None
+    """Compile the training step of so many sequences, and tell the memory of all that it needs:
+    activations and work space too."""
+    sequence_length: int = 256
+    """Tokens in a sequence."""
+    budget: str | None = None
+    """Memory of the device, such as 24GiB or 24GB: tell whether the step fits, and the largest
+    batch that does."""
+    picture: Path | None = None
+    """Also draw the step's memory to this file (.png, .svg or .pdf)."""
     optimization: OptimizerOptions = OptimizerOptions()
     model: ModelOptions = ModelOptions(param_dtype="bfloat16")
+
+    def check(self) -> None:
+        """Raises `UserError` at the first value that makes no sense."""
+        self.model.check()
+        if self.batch_size is None:
+            for name in ("budget", "picture"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"--{name} is about the whole step: add --batch-size")
+            return
+        _positive("--batch-size", self.batch_size)
+        _positive("--sequence-length", self.sequence_length)
+        _check_length(self.model, self.sequence_length)
+        if self.picture is not None and self.picture.suffix not in _PICTURES:
+            raise UserError(f"--picture must end in {', '.join(_PICTURES)}, got {self.picture}")
 
 
 def _check_run(config: TrainConfig | CompareConfig) -> None:
@@ -285,16 +329,15 @@ def _check_run(config: TrainConfig | CompareConfig) -> None:
     config.output.check()
     if config.training.rounding != "nearest" and config.model.param_dtype == "float32":
         raise UserError("--rounding is for weights in half precision: add --param-dtype bfloat16")
-    longest = SIZES[config.model.size].max_length
-    if config.data.sequence_length > longest:
-        raise UserError(
-            f"--sequence-length must be at most {longest}, got {config.data.sequence_length}"
-        )
-    if config.data.sequence_length % config.model.loss_chunks:
-        raise UserError(
-            f"--loss-chunks {config.model.loss_chunks} must divide --sequence-length "
-            f"{config.data.sequence_length}"
-        )
+    _check_length(config.model, config.data.sequence_length)
+
+
+def _check_length(model: ModelOptions, length: int) -> None:
+    longest = SIZES[model.size].max_length
+    if length > longest:
+        raise UserError(f"--sequence-length must be at most {longest}, got {length}")
+    if length % model.loss_chunks:
+        raise UserError(f"--loss-chunks {model.loss_chunks} must divide --sequence-length {length}")
 
 
 def _positive(name: str, value: int) -> None:

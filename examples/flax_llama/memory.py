@@ -1,4 +1,4 @@
-"""Where the memory of training goes, from shapes alone."""
+"""Where the memory of training goes, from shapes; of a whole step, see `step_memory`."""
 
 import math
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import optax
 
 import optax_gale
-from examples.flax_llama import optimizers
+from examples.flax_llama import optimizers, plots, step_memory
 from examples.flax_llama.config import MemoryConfig, TrainingOptions
 from examples.flax_llama.errors import UserError
 from examples.flax_llama.metrics import human_bytes
 from examples.flax_llama.model import Llama
-from examples.flax_llama.step import trace_init
+from examples.flax_llama.step import check_backend, trace_init
 from examples.flax_llama.tables import aligned
 
 
@@ -76,15 +76,28 @@ def report(name: str, tx: optax.GradientTransformation, params: Any) -> str:
 def run(config: MemoryConfig) -> str:
     """Tabulates weights, gradients and optimizer states of one model for several optimizers.
 
+    With a batch size also the memory of the whole training step, which it compiles.
+
     Raises:
-      UserError: if an optimizer or one of its options is unknown, or one would project nothing.
+      UserError: if an option makes no sense, an optimizer or one of its options is unknown, or one
+        would project nothing.
     """
-    config.model.check()
+    config.check()
+    step_memory.check_budget(config.budget)
     size = config.model.shape()
-    model = Llama(size, param_dtype=jnp.dtype(config.model.param_dtype))
+    model = Llama(
+        size,
+        dtype=jnp.dtype(config.model.dtype),
+        param_dtype=jnp.dtype(config.model.param_dtype),
+        remat=config.model.remat,
+        attention_backend=config.model.attention_backend,
+    )
+    if config.batch_size is not None:
+        check_backend(config.model.attention_backend)
     training = TrainingOptions()
     names = config.optimizers.split(",")
     rows, reports = [], []
+    steps: dict[str, step_memory.StepMemory] = {}
     for name, options in zip(names, optimizers.narrowed(config.optimization, names), strict=True):
         settings = optimizers.resolve(name, options, size, training.steps)
         tx = optimizers.build(name, settings, training)
@@ -96,6 +109,13 @@ def run(config: MemoryConfig) -> str:
         rows.append([label, *map(human_bytes, (*parts, sum(parts)))])
         if config.details:
             reports.append(report(name, tx, shapes.params))
+        if config.batch_size is not None:
+            steps[label] = step_memory.measure(config, model, tx, shapes, config.batch_size)
     header = ["optimizer", *Breakdown._fields, "total"]
     title = f"LLaMA {config.model.size}, {config.model.param_dtype} weights, no activations"
-    return "\n\n".join([*reports, title, aligned(header, rows)])
+    text = [*reports, title, aligned(header, rows)]
+    if steps:
+        text.append(step_memory.table(config, steps))
+    if config.picture is not None:
+        plots.plot_step_memory(config.picture, {name: step.report for name, step in steps.items()})
+    return "\n\n".join(text)

@@ -106,13 +106,18 @@ class TensorBoard:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what the operating system says about writing ``path`` into a line that names it."""
+def writing(path: Path, option: str = "--out") -> Iterator[None]:
+    """Turns what the operating system says about writing ``path`` into a line that names it.
+
+    Args:
+      path: the file.
+      option: the one that chose it.
+    """
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; make room, or choose another --out"
+            f"cannot write {path}: {error.strerror or error}; make room, or choose another {option}"
         ) from error
 
 

@@ -324,7 +324,7 @@ def _check(settings: Settings, size: LlamaSize) -> None:
 def build(
     name: str, settings: Settings, training: TrainingOptions
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes an optimizer: clipping, the transformation with its schedule, and the rounding.
+    """Makes an optimizer: clipping, the transformation with its schedule, rounding, accumulation.
 
     Args:
       name: a name of the table.
@@ -345,8 +345,11 @@ def build(
             raise UserError("--host-refresh goes with --refresh-schedule together only")
     with refusals(name):
         tx = recipe.build(settings, functools.partial(schedule, training=training))
-    clip = optax.clip_by_global_norm(training.clip_norm) if training.clip_norm else optax.identity()
-    return _rounded(optax_gale.chain(clip, tx), training)
+    clips = training.clip_norm and not training.layerwise  # which needs no norm but the step's own
+    clip = optax.clip_by_global_norm(training.clip_norm) if clips else optax.identity()
+    tx = _rounded(optax_gale.chain(clip, tx), training)
+    sums = training.micro_batches > 1 and not training.layerwise
+    return optax_gale.accumulate(tx, training.micro_batches) if sums else tx
 
 
 def _rounded(

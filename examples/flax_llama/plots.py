@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from examples.flax_llama.memory import Breakdown
 from examples.flax_llama.metrics import CURVES, read_records, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from examples.flax_llama.memory import Breakdown
+    from optax_gale import StepMemoryReport
+
 _MIB = 2**20
+_STEP_PARTS = {"other": "other state", "work_space": "work space"}
 _SMOOTHED = 0.03  # of all steps: the window of the training loss's running mean
 
 
@@ -56,7 +59,7 @@ class Curves(NamedTuple):
         return (sums[last] - sums[first]) / (last - first)
 
 
-def plot_run(path: Path, curves: Curves, parts: Breakdown) -> None:
+def plot_run(path: Path, curves: Curves, parts: "Breakdown") -> None:
     """Draws the loss of a run, and where its memory goes, to a PNG."""
     figure, (loss, memory) = _figure(width_ratios=(3, 2))
     loss.plot(curves.steps, curves.losses, color="C0", alpha=0.25, linewidth=0.8)
@@ -72,7 +75,7 @@ def plot_run(path: Path, curves: Curves, parts: Breakdown) -> None:
 
 
 def plot_comparison(
-    path: Path, curves: Mapping[str, Curves], parts: Mapping[str, Breakdown]
+    path: Path, curves: Mapping[str, Curves], parts: Mapping[str, "Breakdown"]
 ) -> None:
     """Draws loss against steps, loss against time and optimizer memory of several runs."""
     figure, (by_step, by_time, memory) = _figure(width_ratios=(1, 1, 1))
@@ -96,6 +99,33 @@ def plot_comparison(
     memory.set(title="optimizer state", ylabel="MiB")
     memory.legend()
     _save(figure, path)
+
+
+def plot_step_memory(path: Path, reports: Mapping[str, "StepMemoryReport"]) -> None:
+    """Draws where the memory of a training step goes: a bar an optimizer, a line for the budget."""
+    figure, axes = _figure(width_ratios=(2,))
+    figure.set_size_inches(10, 1.8 + 0.6 * len(reports))
+    budgets = {report.budget for report in reports.values() if report.budget is not None}
+    scale, unit = (_MIB, "MiB")
+    if max([report.peak for report in reports.values()], default=0) >= 1024 * _MIB:
+        scale, unit = (1024 * _MIB, "GiB")
+    names = list(reports)
+    left = np.zeros(len(names))
+    for part in next(iter(reports.values())).parts() if reports else ():
+        width = np.array([reports[name].parts()[part] for name in names]) / scale
+        if width.any():
+            axes.barh(range(len(names)), width, left=left, label=_STEP_PARTS.get(part, part))
+        left += width
+    for i, total in enumerate(left):
+        axes.text(total, i, f" {total:.1f}", va="center")
+    for budget in budgets:
+        axes.axvline(budget / scale, color="black", linestyle="--", label="budget")
+    axes.set_yticks(range(len(names)), map(_plain, names))
+    axes.invert_yaxis()
+    axes.margins(x=0.08)
+    axes.set(xlabel=unit, title="memory of a training step")
+    figure.legend(loc="outside right upper")
+    _save(figure, path, option="--picture")
 
 
 def _figure(width_ratios: Sequence[float]) -> Any:
@@ -124,8 +154,8 @@ def _plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def _save(figure: "Figure", path: Path, option: str = "--out") -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    with writing(path):
+    with writing(path, option):
         figure.savefig(path, dpi=120)

@@ -2,17 +2,38 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 import optax_gale
-from examples.flax_llama.model import Llama, next_token_loss
+from examples.flax_llama.config import TrainingOptions
+from examples.flax_llama.errors import UserError
+from examples.flax_llama.model import Llama, head_loss, next_token_loss, predicted
 
 Batch = Mapping[str, Any]  # tokens (B, T) and mask (B, T), of JAX or of NumPy
 Metrics = dict[str, jax.Array]
+
+
+def check_backend(attention: str) -> None:
+    """Refuses the fused attention where it cannot run.
+
+    Raises:
+      UserError: if there is no NVIDIA GPU.
+    """
+    if attention == "cudnn" and not _sees_cuda():
+        raise UserError(
+            "--attention-backend cudnn needs an NVIDIA GPU and a JAX that sees it; leave it out"
+        )
+
+
+def _sees_cuda() -> bool:
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False
 
 
 class TrainState(NamedTuple):
@@ -29,7 +50,45 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def trace_init(model: Llama, tx: optax.GradientTransformation, seed: int) -> "jax.stages.Traced":
+class Walk(NamedTuple):
+    """How a step goes through the batch and the layers.
+
+    Attributes:
+      micro_batches: parts of the batch, one after another.
+      layerwise: whether each layer takes its step as soon as its gradient is there.
+      clip_norm: global norm to which gradients are clipped in that case; 0: not at all. Otherwise
+        the optimizer clips.
+      clip: how the norm is known in time; see `optax_gale.layerwise`.
+    """
+
+    micro_batches: int = 1
+    layerwise: bool = False
+    clip_norm: float = 0.0
+    clip: Literal["hold", "two_pass", "previous"] = "hold"
+
+    @classmethod
+    def of(cls, training: TrainingOptions) -> "Walk":
+        """What the options say."""
+        return cls(
+            training.micro_batches,
+            training.layerwise,
+            training.clip_norm if training.layerwise else 0.0,
+            training.layerwise_clip,
+        )
+
+    def init(self, tx: optax.GradientTransformation, params: Any) -> Any:
+        """The optimizer's state before the first step."""
+        if self.layerwise and self.clip_norm and self.clip == "previous":
+            return optax_gale.LayerwiseState(tx.init(params), jnp.zeros((), jnp.float32))
+        return tx.init(params)
+
+
+WHOLE = Walk()
+
+
+def trace_init(
+    model: Llama, tx: optax.GradientTransformation, seed: int, walk: Walk = WHOLE
+) -> "jax.stages.Traced":
     """Traces the making of the first state.
 
     Its weights depend on the model and the seed only. ``out_info`` of what is returned is the
@@ -38,7 +97,7 @@ def trace_init(model: Llama, tx: optax.GradientTransformation, seed: int) -> "ja
 
     def init() -> TrainState:
         params = model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, walk.init(tx, params))
 
     return jax.jit(init).trace()
 
@@ -48,6 +107,7 @@ def make_train_step(
     tx: optax.GradientTransformationExtraArgs,
     learning_rate: optax.Schedule,
     loss_chunks: int = 1,
+    walk: Walk = WHOLE,
 ) -> jax.stages.Wrapped:
     """Builds ``step(state, batch, refresh=None) -> (state, metrics)``, jitted, state donated.
 
@@ -55,27 +115,95 @@ def make_train_step(
     before clipping, and the learning rate. ``refresh`` is static: True and False are one executable
     each.
     """
-
-    def loss_fn(params: Any, batch: Batch) -> jax.Array:
-        total, count = next_token_loss(model, params, batch, chunks=loss_chunks)
-        return total / jnp.maximum(count, 1.0)
+    if walk.layerwise:
+        take = _layerwise(model, tx, loss_chunks, walk)
+    else:
+        take = _whole(model, tx, loss_chunks, walk.micro_batches)
 
     def train_step(
         state: TrainState, batch: Batch, refresh: bool | None = None
     ) -> tuple[TrainState, Metrics]:
-        loss, grads = jax.value_and_grad(loss_fn)(state.params, batch)
+        count = jnp.sum(predicted(batch["mask"]))
+        batch = {**batch, "weight": walk.micro_batches / jnp.maximum(count, 1.0)}
         extra: dict[str, Any] = {} if refresh is None else {"refresh": refresh}
+        params, opt_state, loss, norm = take(state.params, state.opt_state, batch, extra)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
         }
-        params, opt_state = optax_gale.update_and_apply(
-            tx, grads, state.opt_state, state.params, **extra
-        )
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(train_step, static_argnames="refresh", donate_argnums=0)
+
+
+# A part of the loss: the sum over a part of the batch, times the batch's ``weight``. The mean over
+# parts is the mean over tokens, however uneven they are.
+_Take = Callable[[Any, Any, Batch, dict[str, Any]], tuple[Any, Any, jax.Array, jax.Array]]
+
+
+def _whole(
+    model: Llama, tx: optax.GradientTransformationExtraArgs, loss_chunks: int, micro_batches: int
+) -> _Take:
+    """Gradients of the whole model, of one part of the batch after another."""
+
+    def loss_fn(params: Any, batch: Batch) -> jax.Array:
+        return next_token_loss(model, params, batch, chunks=loss_chunks)[0] * batch["weight"]
+
+    def one(params: Any, opt_state: Any, batch: Batch, extra: dict[str, Any]) -> Any:
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        norm = optax.tree.norm(grads)
+        params, opt_state = optax_gale.update_and_apply(tx, grads, opt_state, params, **extra)
+        return params, opt_state, loss, norm
+
+    def take(params: Any, opt_state: Any, batch: Batch, extra: dict[str, Any]) -> Any:
+        def part(carried: Any, i: jax.Array) -> Any:
+            params, opt_state = carried
+            mine = {name: x if name == "weight" else split(x)[:, i] for name, x in batch.items()}
+            params, opt_state, loss, norm = one(params, opt_state, mine, extra)
+            return (params, opt_state), (loss, norm)
+
+        split = lambda x: jnp.reshape(x, (-1, micro_batches, *jnp.shape(x)[1:]))
+        carried, (loss, norm) = jax.lax.scan(part, (params, opt_state), jnp.arange(micro_batches))
+        return *carried, jnp.mean(loss), jnp.mean(norm)
+
+    return one if micro_batches == 1 else take
+
+
+def _layerwise(
+    model: Llama, tx: optax.GradientTransformationExtraArgs, loss_chunks: int, walk: Walk
+) -> _Take:
+    """Each layer takes its step in the backward pass."""
+    step = optax_gale.layerwise(
+        layered(model, loss_chunks),
+        tx,
+        micro_batches=walk.micro_batches,
+        clip_norm=walk.clip_norm or None,
+        clip=walk.clip,
+    ).step
+
+    def take(params: Any, opt_state: Any, batch: Batch, extra: dict[str, Any]) -> Any:
+        params, opt_state, metrics = step(params, opt_state, batch, **extra)
+        return params, opt_state, *metrics
+
+    return take
+
+
+def layered(model: Llama, loss_chunks: int = 1) -> optax_gale.LayeredModel:
+    """The model in pieces; ``batch["weight"]`` multiplies the sum of the tokens' losses."""
+    block = model.block()
+
+    def embed(rest: Any, batch: Batch) -> Any:
+        return model.apply({"params": rest}, jnp.asarray(batch["tokens"]), method="embed_tokens")
+
+    def layer(params: Any, x: jax.Array, batch: Batch, number: jax.Array) -> Any:
+        del batch, number
+        return block.apply({"params": params}, x)
+
+    def head(rest: Any, x: jax.Array, batch: Batch) -> jax.Array:
+        return head_loss(model, rest, x, batch, chunks=loss_chunks)[0] * batch["weight"]
+
+    return optax_gale.LayeredModel(embed, layer, head)
 
 
 class Evaluation(NamedTuple):

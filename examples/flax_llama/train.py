@@ -26,6 +26,8 @@ from examples.flax_llama.sizes import count_params
 from examples.flax_llama.step import (
     Evaluation,
     TrainState,
+    Walk,
+    check_backend,
     make_evaluate,
     make_train_step,
     trace_init,
@@ -90,21 +92,11 @@ def check(config: TrainConfig) -> None:
       UserError: at the first value that makes no sense.
     """
     config.check()
-    if config.model.attention_backend == "cudnn" and not _sees_cuda():
-        raise UserError(
-            "--attention-backend cudnn needs an NVIDIA GPU and a JAX that sees it; leave it out"
-        )
+    check_backend(config.model.attention_backend)
     settings = optimizers.resolve(
         config.optimizer, config.optimization, config.model.shape(), config.training.steps
     )
     optimizers.build(config.optimizer, settings, config.training)
-
-
-def _sees_cuda() -> bool:
-    try:
-        return bool(jax.devices("cuda"))
-    except RuntimeError:
-        return False
 
 
 class Trainer:
@@ -141,7 +133,8 @@ class Trainer:
             attention_backend=config.model.attention_backend,
         )
         with optimizers.refusals(config.optimizer):
-            self.init = trace_init(self.model, self.tx, config.training.seed)
+            self.walk = Walk.of(config.training)
+            self.init = trace_init(self.model, self.tx, config.training.seed, self.walk)
         self.shapes: TrainState = self.init.out_info
         self.memory = memory.breakdown(self.shapes.params, self.shapes.opt_state)
         memory.check_projects(config.optimizer, self.settings, self.memory)
@@ -258,7 +251,8 @@ class Trainer:
         """Compiles the step; the result tells which program takes a step, numbered from 1."""
         training = self.config.training
         schedule = optimizers.schedule(self.settings["learning_rate"], training)
-        train_step = make_train_step(self.model, self.tx, schedule, self.config.model.loss_chunks)
+        chunks = self.config.model.loss_chunks
+        train_step = make_train_step(self.model, self.tx, schedule, chunks, self.walk)
         shape = (training.batch_size, self.corpus.sequence_length)
         batch = {
             "tokens": jax.ShapeDtypeStruct(shape, jnp.int32),
@@ -266,7 +260,9 @@ class Trainer:
         }
         gap = self.settings["update_proj_gap"] if training.host_refresh else None
         refreshes = (None,) if gap is None else (True, False)
-        compiled = {r: train_step.lower(state, batch, refresh=r).compile() for r in refreshes}
+        with optimizers.refusals(self.config.optimizer):  # what cannot be walked layer by layer
+            lowered = {r: train_step.lower(state, batch, refresh=r) for r in refreshes}
+        compiled = {r: step.compile() for r, step in lowered.items()}
 
         def program(step: int) -> Callable[[TrainState, Any], Any]:
             return compiled[None if gap is None else (step - 1) % gap == 0]

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 
 from optax_gale.transforms import inner as inner_lib
-from optax_gale.transforms import shardings
 from optax_gale.transforms.apply import (
     Halves,
     check_state,
@@ -18,6 +17,7 @@ from optax_gale.transforms.apply import (
     halves_of,
 )
 from optax_gale.transforms.options import check_computing_dtype
+from optax_gale.transforms.shardings import alike
 
 
 class AccumulateState(NamedTuple):
@@ -47,8 +47,8 @@ def accumulate(
 
     What ``optax.MultiSteps`` is for other transformations: ``update`` returns zeros, and a step at
     every k-th call. There the sum has the size of the parameters, here
-    :math:`\sum_i P^\top G_i = P^\top \sum_i G_i` has that of one moment. Where a refresh is due, the
-    first of the k gradients decides the new subspace, and the range finder runs once. Steps,
+    :math:`\sum_i P^\top G_i = P^\top \sum_i G_i` has that of one moment. Where a refresh is due,
+    the first of the k gradients decides the new subspace, and the range finder runs once. Steps,
     schedules and gaps count every k-th call.
 
     Stages before a `gale_project` (or before an optimizer in `chain`) act on every gradient by
@@ -117,7 +117,7 @@ def accumulate(
         sums = jax.tree.map(lambda s, x: s + x.astype(s.dtype), state.projected, projected)
         mean = jax.tree.map(lambda s, x: (s / k).astype(x.dtype), sums, projected)
         waiting = AccumulateState(
-            state.mini_step + 1, state.gradient_step, sums, _like(inner_state, state.inner_state)
+            state.mini_step + 1, state.gradient_step, sums, alike(inner_state, state.inner_state)
         )
         return waiting, waiting.mini_step >= k, mean
 
@@ -126,7 +126,7 @@ def accumulate(
             jnp.zeros_like(waiting.mini_step),
             optax.safe_increment(waiting.gradient_step),
             jax.tree.map(jnp.zeros_like, waiting.projected),
-            _like(inner_state, waiting.inner_state),
+            alike(inner_state, waiting.inner_state),
         )
 
     def update(grads, state, params=None, *, refresh=None, **extra_args):
@@ -137,7 +137,7 @@ def accumulate(
             updates, inner_state = halves.update(
                 mean, waiting.inner_state, params, like=grads, **extra_args
             )
-            return _like(updates, still), stepped(waiting, inner_state)
+            return alike(updates, still), stepped(waiting, inner_state)
 
         return jax.lax.cond(due, step, lambda: (still, waiting))
 
@@ -148,7 +148,7 @@ def accumulate(
             new, inner_state = halves.apply(
                 mean, waiting.inner_state, params, implementation, **extra_args
             )
-            return _like(new, params), stepped(waiting, inner_state)
+            return alike(new, params), stepped(waiting, inner_state)
 
         return jax.lax.cond(due, step, lambda: (params, waiting))
 
@@ -172,21 +172,10 @@ def refuse_stateful_stages(halves: Halves, params: Any) -> None:
     if jax.tree.leaves(state):
         names = ", ".join(sorted(inner_lib.state_names(state))) or "arrays"
         raise ValueError(
-            f"A stage before the projection keeps a state ({names}), which would advance with every "
-            "gradient that is summed, not with every step. Put it after gale_project, or into the "
-            "optimizer's inner, or sum the gradients themselves (optax.MultiSteps)."
+            f"A stage before the projection keeps a state ({names}), which would advance with "
+            "every gradient that is summed, not with every step. Put it after gale_project, or "
+            "into the optimizer's inner, or sum the gradients themselves (optax.MultiSteps)."
         )
-
-
-def _like(tree: Any, old: Any) -> Any:
-    """Arrays with the dtypes and shardings of others, as both branches must have them."""
-
-    def alike(x: jax.Array, y: jax.Array) -> jax.Array:
-        if jnp.issubdtype(y.dtype, jax.dtypes.prng_key):
-            return x
-        return shardings.match(jnp.asarray(x, y.dtype), y)
-
-    return jax.tree.map(alike, tree, old)
 
 
 def _checked_schedule(every_k: Any) -> Callable[[jax.Array], Any]:

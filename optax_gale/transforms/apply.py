@@ -1,4 +1,4 @@
-"""What transformations can do beyond `update`: apply their updates, and take a step in two halves."""
+"""What transformations can do beyond `update`: apply updates, and take a step in two halves."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -88,17 +88,62 @@ def dependences(
     return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
 
+def sources(
+    function: Callable[..., Any], arguments: Sequence[Any], watched: Sequence[int | None]
+) -> list[frozenset[int]]:
+    """Finds which of the watched inputs every output of a function depends on in any way.
+
+    What goes through a loop depends on all that goes in.
+
+    Args:
+      function: the function; it is traced, not run.
+      arguments: its arguments, arrays or shapes.
+      watched: for every leaf of the arguments its number among the watched ones, or None.
+
+    Returns:
+      A set of numbers for every leaf of the function's result.
+    """
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    inputs = [frozenset() if number is None else frozenset({number}) for number in watched]
+    return _united(jaxpr, inputs)
+
+
+def _united(jaxpr: Any, inputs: Sequence[frozenset[int]]) -> list[frozenset[int]]:
+    def apply(equation: Any, operands: list[frozenset[int]]) -> list[frozenset[int]]:
+        function = called(equation)
+        if function is not None:
+            return _united(getattr(function, "jaxpr", function), operands)
+        if equation.primitive.name == "cond":
+            index, *inputs = operands
+            branches = [_united(b.jaxpr, inputs) for b in equation.params["branches"]]
+            return [index.union(*results) for results in zip(*branches, strict=True)]
+        return [frozenset().union(*operands)] * len(equation.outvars)
+
+    return _walk(jaxpr, inputs, lambda _: frozenset(), frozenset(), apply)
+
+
 def _given(var: Any) -> Dependence:
     return _UNIFORM if var.aval.size == 1 else _NONE
 
 
 def _interpret(jaxpr: Any, inputs: Sequence[Dependence]) -> list[Dependence]:
+    return _walk(jaxpr, inputs, _given, _UNIFORM, _apply)
+
+
+def _walk(
+    jaxpr: Any,
+    inputs: Sequence[Any],
+    of_constant: Callable[[Any], Any],
+    of_literal: Any,
+    apply: Callable[[Any, list[Any]], Sequence[Any]],
+) -> list[Any]:
+    """What is known of a jaxpr's outputs, equation by equation."""
     known = dict(zip(jaxpr.invars, inputs, strict=True))
-    known |= {var: _given(var) for var in jaxpr.constvars}
-    read = lambda x: _UNIFORM if isinstance(x, Literal) else known[x]
+    known |= {var: of_constant(var) for var in jaxpr.constvars}
+    read = lambda x: of_literal if isinstance(x, Literal) else known[x]
     for equation in jaxpr.eqns:
         operands = [read(x) for x in equation.invars]
-        known.update(zip(equation.outvars, _apply(equation, operands), strict=True))
+        known.update(zip(equation.outvars, apply(equation, operands), strict=True))
     return [read(x) for x in jaxpr.outvars]
 
 

@@ -84,13 +84,20 @@ class MemoryReport:
                     " x ".join(map(str, first.shape)) or "scalar",
                     first.decision,
                     *(
-                        _bytes(sum(getattr(leaf, column) for leaf in leaves))
+                        human_bytes(sum(getattr(leaf, column) for leaf in leaves))
                         for column in ("weights", "moments", "projectors")
                     ),
                 )
             )
         rows.append(
-            ("total", "", "", _bytes(self.weights), _bytes(self.moments), _bytes(self.projectors))
+            (
+                "total",
+                "",
+                "",
+                human_bytes(self.weights),
+                human_bytes(self.moments),
+                human_bytes(self.projectors),
+            )
         )
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = [
@@ -104,9 +111,10 @@ class MemoryReport:
         lines[1:1] = [rule]
         lines.insert(-1, rule)
         full = 2 * self.weights
-        share = f", {self.state / full:.1%} of AdamW's {_bytes(full)}" if full else ""
+        share = f", {self.state / full:.1%} of AdamW's {human_bytes(full)}" if full else ""
         lines.append(
-            f"optimizer state {_bytes(self.state)}{share}; with weights {_bytes(self.total)}"
+            f"optimizer state {human_bytes(self.state)}{share}; "
+            f"with weights {human_bytes(self.total)}"
         )
         return "\n".join(lines)
 
@@ -145,6 +153,35 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
         state = jax.eval_shape(lambda p: tx.init(p), params)
     leaves, _ = trees.flatten(params)
     decisions = {choice.path: _describe(choice) for choices in recorded for choice in choices}
+    moments, projectors, other = owned(state, params)
+    return MemoryReport(
+        tuple(
+            LeafMemory(
+                leaf.path,
+                tuple(leaf.value.shape),
+                decisions.get(leaf.path, "full rank"),
+                storage.nbytes(leaf.value),
+                m,
+                p,
+            )
+            for leaf, m, p in zip(leaves, moments, projectors, strict=True)
+        ),
+        other,
+    )
+
+
+def owned(state: Any, params: Any) -> tuple[list[int], list[int], int]:
+    """Finds the parameter that each array of an optimizer's state belongs to.
+
+    Args:
+      state: the state, or its shapes.
+      params: the parameters, or their shapes.
+
+    Returns:
+      Bytes of every parameter's state without its projector, bytes of its projector, both in the
+      order of ``trees.flatten(params)``, and bytes that belong to no parameter.
+    """
+    leaves, _ = trees.flatten(params)
     paths = trees.key_paths(params)
     longest_first = sorted(range(len(paths)), key=lambda i: -len(paths[i]))
     moments, projectors, other = [0] * len(leaves), [0] * len(leaves), 0
@@ -160,20 +197,7 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
             projectors[owner] += size
         else:
             moments[owner] += size
-    return MemoryReport(
-        tuple(
-            LeafMemory(
-                leaf.path,
-                tuple(leaf.value.shape),
-                decisions.get(leaf.path, "full rank"),
-                storage.nbytes(leaf.value),
-                m,
-                p,
-            )
-            for leaf, m, p in zip(leaves, moments, projectors, strict=True)
-        ),
-        other,
-    )
+    return moments, projectors, other
 
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
@@ -201,7 +225,8 @@ def _grouped(leaves: Iterable[LeafMemory]) -> list[Sequence[LeafMemory]]:
     return list(groups.values())
 
 
-def _bytes(size: float) -> str:
+def human_bytes(size: float) -> str:
+    """``1536`` becomes ``1.5 KiB``, and nothing a dash."""
     if size == 0:
         return "-"
     for unit in ("B", "KiB", "MiB"):

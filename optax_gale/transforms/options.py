@@ -47,9 +47,9 @@ class Options:
             selection.check_rank(self.rank)
         if isinstance(self.update_proj_gap, (int, float, str)):
             refresh.check_gap(self.update_proj_gap)
-        _check_one_of("side", self.side, ("short", "long"))
-        _check_one_of("residual", self.residual, (None, "fira"))
-        _check_one_of("refresh_schedule", self.refresh_schedule, ("together", "staggered"))
+        check_one_of("side", self.side, ("short", "long"))
+        check_one_of("residual", self.residual, (None, "fira"))
+        check_one_of("refresh_schedule", self.refresh_schedule, ("together", "staggered"))
         if isinstance(self.scale, str) or self.scale is None:
             check_scale(self.scale)
         check_seed(self.seed)
@@ -128,6 +128,7 @@ def _check_dtype(name: str, dtype: Any, integers: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be {allowed}, got {dtype!r}.")
 
 
-def _check_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+def check_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raises ValueError unless an option has one of its values."""
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")

@@ -152,39 +152,49 @@ def _chained(
     stages: tuple[optax.GradientTransformation, ...],
 ) -> optax.GradientTransformationExtraArgs:
     """``optax.chain``, which can do what its last stage can."""
-    chained = optax.with_extra_args_support(optax.chain(*stages))
-    before = None
-    if len(stages) > 1:
-        before = optax.with_extra_args_support(optax.chain(*stages[:-1]))
-    last_in_place = getattr(stages[-1], "in_place", None)
-    last: Halves | None = getattr(stages[-1], "halves", None)
+    *first, last = stages
+    before = optax.with_extra_args_support(optax.chain(*first)) if first else None
 
-    def first_stages(grads, state, params, extra_args):
+    def pass_on(grads, state, params, extra_args):
         if before is None:
             return grads, ()
         return before.update(grads, tuple(state[:-1]), params, **extra_args)
 
+    return extended(
+        optax.with_extra_args_support(optax.chain(*stages)),
+        in_place=_in_place(getattr(last, "in_place", None), pass_on),
+        halves=_halves(getattr(last, "halves", None), before, pass_on),
+    )
+
+
+def _in_place(own, pass_on):
+    if own is None:
+        return None
+
     def in_place(grads, state, params, implementation, **extra_args):
-        grads, states = first_stages(grads, state, params, extra_args)
-        params, own = last_in_place(grads, state[-1], params, implementation, **extra_args)
-        return params, (*states, own)
+        grads, states = pass_on(grads, state, params, extra_args)
+        params, last = own(grads, state[-1], params, implementation, **extra_args)
+        return params, (*states, last)
+
+    return in_place
+
+
+def _halves(own: Halves | None, before, pass_on) -> Halves | None:
+    if own is None:
+        return None
 
     def project(grads, state, params, *, first=None, refresh=None, **extra_args):
-        grads, states = first_stages(grads, state, params, extra_args)
+        grads, states = pass_on(grads, state, params, extra_args)
         options = {"first": first, "refresh": refresh, **extra_args}
-        projected, own = last.project(grads, state[-1], params, **options)
-        return projected, (*states, own)
+        projected, last = own.project(grads, state[-1], params, **options)
+        return projected, (*states, last)
 
     def update(projected, state, params, **extra_args):
-        updates, own = last.update(projected, state[-1], params, **extra_args)
-        return updates, (*state[:-1], own)
+        updates, last = own.update(projected, state[-1], params, **extra_args)
+        return updates, (*state[:-1], last)
 
     def apply(projected, state, params, implementation, **extra_args):
-        params, own = last.apply(projected, state[-1], params, implementation, **extra_args)
-        return params, (*state[:-1], own)
+        params, last = own.apply(projected, state[-1], params, implementation, **extra_args)
+        return params, (*state[:-1], last)
 
-    return extended(
-        chained,
-        in_place=None if last_in_place is None else in_place,
-        halves=None if last is None else Halves(last.zeros, project, update, apply, before),
-    )
+    return Halves(own.zeros, project, update, apply, before)

@@ -124,8 +124,8 @@ class Sketch:
 
 def _random(x: jax.Array, *, rank: int, key: jax.Array, previous: jax.Array) -> jax.Array:
     """A random subspace, whatever the gradient (as in APOLLO and Flora)."""
-    del previous
-    return linalg.random_range(key, x.shape[-2], rank, x.shape[:-2])
+    # Matrices of a stack share a draw, as they share that of a sketch.
+    return jnp.broadcast_to(linalg.random_range(key, x.shape[-2], rank), previous.shape)
 
 
 _NAMED: dict[str, RangeFinder] = {

@@ -178,6 +178,7 @@ def run(
       keep: gives what stands.
       refresh_unit: gives what stands after refreshing a unit's given slice; its last argument says
         whether leaves that are not due must be left alone.
+      allowed: whether anything may be refreshed, a boolean; None for True.
 
     Returns:
       What ``keep`` or ``refresh_unit`` gave.

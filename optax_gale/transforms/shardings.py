@@ -33,3 +33,14 @@ def first_element(x: jax.Array) -> jax.Array:
     if any(explicit_spec(x) or ()):
         return jnp.max(x)  # an axis sharded by its type cannot be sliced down to one element
     return x[(0,) * x.ndim]
+
+
+def alike(tree: Any, old: Any) -> Any:
+    """Arrays with the dtypes and shardings of others, as a loop or a conditional must have them."""
+
+    def like(x: jax.Array, y: jax.Array) -> jax.Array:
+        if jnp.issubdtype(y.dtype, jax.dtypes.prng_key):
+            return x
+        return match(jnp.asarray(x, y.dtype), y)
+
+    return jax.tree.map(like, tree, old)

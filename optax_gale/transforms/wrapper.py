@@ -178,9 +178,9 @@ def wrap(
 def _refuse_residual(options: Options) -> None:
     if options.residual is not None:
         raise ValueError(
-            f"residual={options.residual!r} needs the gradient itself where the step is taken, and "
-            "of gradients that are summed or held in the subspace it is gone. Use residual=None, or "
-            "sum the gradients themselves (optax.MultiSteps)."
+            f"residual={options.residual!r} needs the gradient itself where the step is taken, but "
+            "of gradients that are summed or held in the subspace only that is left. Use "
+            "residual=None, or sum the gradients themselves (optax.MultiSteps)."
         )
 
 

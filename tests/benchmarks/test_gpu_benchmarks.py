@@ -16,15 +16,17 @@ import optax
 import pytest
 
 import optax_gale
-from benchmarks import kernels, step, throughput
+from benchmarks import kernels, step, step_memory, throughput
 from benchmarks.gpu import arms, data, galore, plot, profile, report, shapes, timing
 from benchmarks.gpu import kernels as problems
 from benchmarks.gpu.floors import Ceilings, Work, ordinary_step
 from benchmarks.gpu.shapes import Case, Group
 from benchmarks.gpu.store import Store
-from examples.flax_llama.sizes import SIZES, LlamaSize
+from examples.flax_llama import optimizers
+from examples.flax_llama.sizes import SIZES, LlamaSize, count_params
 from optax_gale.pallas import dispatch
 from optax_gale.pallas.dispatch import Problem
+from optax_gale.training.memory import PARTS
 
 NANO = LlamaSize(64, hidden=16, intermediate=24, layers=2, heads=2, kv_heads=2)
 ON_CPU = pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
@@ -320,7 +322,9 @@ def test_tables_of_next_to_nothing():
 
 
 @ON_CPU
-@pytest.mark.parametrize("command", [step, kernels, throughput], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "command", [step, kernels, throughput, step_memory], ids=lambda c: c.__name__
+)
 def test_without_a_gpu_a_command_says_so(command, capsys, tmp_path):
     command.main(command.Config(out=tmp_path / "results"))
     assert capsys.readouterr().out == command.NO_GPU + "\n"
@@ -460,3 +464,67 @@ def test_the_throughput_benchmark_trains(nano, tmp_path, monkeypatch, quick_comp
     mean = (199 * gale["ordinary_ms"] + gale["refresh_ms"]) / 200
     assert gale["tokens_per_second"] == pytest.approx(16e3 / mean)
     assert "GALE, r = 4" in stored.with_suffix(".md").read_text()
+
+
+# --- The memory of a step -----
+
+
+def test_the_memory_benchmark_reports_on_the_step_it_takes(nano, monkeypatch, quick_compilation):
+    case = step_memory.Case("nano", "adamw", 2, length=8)
+    row = step_memory.measure(case)
+    assert row["predicted"] == sum(row[part] for part in PARTS)
+    assert row["weights"] == 2 * count_params(SIZES["nano"])
+    assert row["inputs"] == 2 * 8 * 5 + 4
+    assert ("measured" in row) == (jax.default_backend() == "gpu")
+
+
+def test_the_peak_is_what_came_on_top(monkeypatch):
+    parts = dict.fromkeys(PARTS, 0) | {"weights": 100}
+    report = optax_gale.StepMemoryReport(
+        **parts, told_apart=True, copied=0, platform="gpu", budget=None
+    )
+    before = {"peak_bytes_in_use": 50, "bytes_in_use": 10}
+    row = step_memory.compared(report, before, {"peak_bytes_in_use": 135, "bytes_in_use": 10})
+    assert row["measured"] == 125 and row["difference"] == pytest.approx(-0.2)
+    void = step_memory.compared(report, before, {"peak_bytes_in_use": 50, "bytes_in_use": 10})
+    assert "compiling needed more" in void["error"] and "measured" not in void
+    assert "measured" not in step_memory.compared(report, {}, {})
+
+
+def test_the_memory_benchmark_stores_and_fails_where_it_is_off(tmp_path, capsys, monkeypatch):
+    parts = dict.fromkeys(PARTS, 2**28)
+    off = {"60m, GALE, f32": 1.0, "60m, AdamW, f32": 1.04, "350m, GALE": 1.06}
+
+    def measured(name):
+        if name not in off:
+            return {"error": "RuntimeError: no memory"}
+        predicted = sum(parts.values())
+        row = {**parts, "predicted": predicted, "measured": round(predicted / off[name])}
+        return {**row, "difference": off[name] - 1, "told_apart": True}
+
+    monkeypatch.setattr(step_memory, "in_its_own_process", measured)
+    run = lambda *cases: step_memory.main(
+        step_memory.Config(cases=cases, out=tmp_path, anywhere=True)
+    )
+    run("60m, GALE, f32", "60m, AdamW, f32")
+    (stored,) = tmp_path.glob("step_memory_*.json")
+    record = json.loads(stored.read_text())
+    assert [row["case"] for row in record["rows"]] == ["60m, GALE, f32", "60m, AdamW, f32"]
+    assert record["environment"]["jax"] == jax.__version__
+    text = stored.with_suffix(".md").read_text()
+    line = "| 60m, GALE, f32 | 64 × 256 | 1.00 | 0.25 | 0.25 | 0.25 | 2.25 | 2.25 | +0.0% |"
+    assert line in text.splitlines()
+    with pytest.raises(SystemExit, match="off by more than 5%: 350m, GALE; 350m, AdamW"):
+        run("60m, GALE, f32", "350m, GALE", "350m, AdamW")
+    assert "* Not measured: 350m, AdamW: RuntimeError: no memory" in capsys.readouterr().out
+
+
+def test_every_case_can_be_built():
+    for case in step_memory.CASES.values():
+        assert optimizers.recipe_of(case.optimizer) and case.size in SIZES
+        assert case.length % case.chunks == 0
+
+
+@ON_CPU
+def test_a_case_that_fails_in_its_process_is_told():
+    assert "no such case" in step_memory.in_its_own_process("no such case")["error"]

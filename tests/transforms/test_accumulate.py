@@ -1,4 +1,4 @@
-"""Accumulation in the subspace: equal to projecting the sum, one refresh, one step for k gradients."""
+"""Accumulation in the subspace: equal to projecting the sum, with one refresh a step."""
 
 import chex
 import jax

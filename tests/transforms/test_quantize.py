@@ -369,7 +369,7 @@ def test_updates_refuse_what_is_not_theirs():
     inner = optax.sgd(0.1, momentum=0.9)
     tx, params = optax_gale.quantize_states(inner, block_size=np.int32(64)), draw(0)
     state = tx.init(params)
-    with pytest.raises(TypeError, match=r"`state` must be what .* a QuantizeStatesState, got tuple"):
+    with pytest.raises(TypeError, match=r"`state` must be .* a QuantizeStatesState, got tuple"):
         tx.update(params, inner.init(params), params)
     with pytest.raises(ValueError, match="`updates` does not have the structure of the parameters"):
         tx.update({"kernel": params["kernel"]}, state, params)

@@ -328,5 +328,5 @@ def test_a_compensation_of_other_weights_is_refused():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float33", 3, jnp.float16])
 def test_a_compensation_is_of_the_weights_dtype_or_float32(dtype):
-    with pytest.raises(ValueError, match=r"`compensation_dtype` must be None, .* or 'float32', got"):
+    with pytest.raises(ValueError, match=r"`compensation_dtype` must be None, .* or .float32."):
         optax_gale.kahan_summation(optax.sgd(1e-3), compensation_dtype=dtype)

@@ -3,7 +3,13 @@
 from examples.flax_llama.model.attention import Attention, AttentionBackend
 from examples.flax_llama.model.block import Block
 from examples.flax_llama.model.llama import Embedding, Llama
-from examples.flax_llama.model.loss import masked_sum, next_token_loss, token_losses
+from examples.flax_llama.model.loss import (
+    head_loss,
+    masked_sum,
+    next_token_loss,
+    predicted,
+    token_losses,
+)
 from examples.flax_llama.model.mlp import MLP
 from examples.flax_llama.model.norm import RMSNorm
 from examples.flax_llama.model.rope import apply_rope
@@ -17,7 +23,9 @@ __all__ = [
     "Llama",
     "RMSNorm",
     "apply_rope",
+    "head_loss",
     "masked_sum",
     "next_token_loss",
+    "predicted",
     "token_losses",
 ]

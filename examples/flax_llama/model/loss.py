@@ -92,9 +92,7 @@ def next_token_loss(
         model: The model.
         params: Its parameters.
         batch: ``tokens (B, T)`` and ``mask (B, T)``.
-        chunks: Computes logits and loss for ``T / chunks`` positions at a time, and again in the
-            backward pass, so that only ``B · T / chunks · V`` logits exist at once. Costs one more
-            product with the LM head.
+        chunks: See ``head_loss``.
 
     Returns:
         Sum of the losses and their number; their quotient is the mean.
@@ -102,11 +100,43 @@ def next_token_loss(
     Raises:
         ValueError: If ``chunks`` does not divide T.
     """
-    tokens = jnp.asarray(batch["tokens"])
-    targets = jnp.roll(tokens, -1, axis=1)
-    mask = jnp.roll(batch["mask"], -1, axis=1).astype(jnp.float32).at[:, -1].set(0.0)
-    hidden = model.apply({"params": params}, tokens, method="hidden")
+    hidden = model.apply({"params": params}, jnp.asarray(batch["tokens"]), method="hidden")
     assert isinstance(hidden, jax.Array)
+    return head_loss(model, params, hidden, batch, chunks=chunks)
+
+
+def predicted(mask: jax.Array | np.ndarray) -> jax.Array:
+    """Where a prediction counts: ``mask (B, T)`` of the next token, float32."""
+    return jnp.roll(jnp.asarray(mask), -1, axis=1).astype(jnp.float32).at[:, -1].set(0.0)
+
+
+def head_loss(
+    model: Llama,
+    params: Any,
+    hidden: jax.Array,
+    batch: Mapping[str, jax.Array | np.ndarray],
+    *,
+    chunks: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """The loss from the residual stream after the last layer.
+
+    Args:
+        model: The model.
+        params: Its parameters; those of the layers are not needed.
+        hidden: ``(B, T, D)``.
+        batch: ``tokens (B, T)`` and ``mask (B, T)``.
+        chunks: Computes logits and loss for ``T / chunks`` positions at a time, and again in the
+            backward pass, so that only ``B · T / chunks · V`` logits exist at once. Costs one more
+            product with the LM head.
+
+    Returns:
+        Sum of the losses and their number.
+
+    Raises:
+        ValueError: If ``chunks`` does not divide T.
+    """
+    targets = jnp.roll(jnp.asarray(batch["tokens"]), -1, axis=1)
+    mask = predicted(batch["mask"])
 
     def loss(params: Any, hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> Any:
         logits = model.apply({"params": params}, hidden, method="head")
@@ -115,8 +145,8 @@ def next_token_loss(
 
     if chunks == 1:
         return loss(params, hidden, targets, mask)
-    if tokens.shape[1] % chunks:
-        raise ValueError(f"chunks={chunks} must divide the sequence length {tokens.shape[1]}.")
+    if hidden.shape[1] % chunks:
+        raise ValueError(f"chunks={chunks} must divide the sequence length {hidden.shape[1]}.")
 
     def split(x: jax.Array) -> jax.Array:
         # Along time, not along the batch: the batch may be sharded.

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from optax_gale._products import einsum, operand
+from optax_gale._products import einsum, operand, working_dtype
 from optax_gale.pallas.dispatch import one_for_each
 from optax_gale.pallas.elementwise import Elementwise
 
@@ -35,6 +35,9 @@ def project_update(
 def project(g: jax.Array, p: jax.Array, *, rows: bool) -> jax.Array:
     """``P^T G`` or ``G P`` in float32."""
     p = operand(p, g.dtype)
+    if jax.default_backend() == "cpu":
+        # As CPUs do by themselves, only that jaxlib 0.10 fails on some products of one matrix.
+        g, p = g.astype(working_dtype(g)), p.astype(working_dtype(g))
     if rows:
         return einsum("...dr,...dn->...rn", p, g)
     return einsum("...md,...dr->...mr", g, p)

@@ -1,0 +1,291 @@
+"""The optimizer's part of a walk through the layers."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_gale.pallas import Implementation
+from optax_gale.training import stack
+from optax_gale.training.model import LayeredModel
+from optax_gale.training.walk import Forward, Walk
+from optax_gale.transforms import trees
+from optax_gale.transforms.accumulate import refuse_stateful_stages, zero_sums
+from optax_gale.transforms.apply import halves_of, update_and_apply
+from optax_gale.transforms.shardings import alike
+
+
+class Stacks(NamedTuple):
+    """Arrays with a leading axis of layers, or a layer's slices of them.
+
+    Attributes:
+      params: the stacked leaves of the parameters.
+      state: the arrays of the optimizer's state that are kept layer by layer.
+      sums: the stacked leaves of gradients as the inner sees them, added up.
+    """
+
+    params: list[Any]
+    state: Any = ()
+    sums: Any = ()
+
+
+class Carried(NamedTuple):
+    """What a walk through the layers changes.
+
+    Attributes:
+      stacks: what every layer has of its own.
+      shared: the state that layers share, by kind, after the step of any layer.
+      squares: sum of the squares of gradients, float32 ``()``.
+    """
+
+    stacks: Stacks
+    shared: dict[str, list[Any]]
+    squares: jax.Array
+
+
+class Sums(NamedTuple):
+    """Gradients as the inner sees them, added up, of stacked leaves and of the others."""
+
+    stacked: list[Any]
+    others: list[Any]
+
+
+class Pass:
+    """One step of an optimizer, layer by layer: what it starts from, and how it goes on."""
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        tx: optax.GradientTransformationExtraArgs,
+        params: Any,
+        state: Any,
+        implementation: Implementation | None,
+        extra_args: dict[str, Any],
+    ):
+        """Takes parameters and state apart.
+
+        Raises:
+          ValueError: if they cannot be, or the optimizer mixes leaves.
+        """
+        model.split(params)  # raises where there is no stack
+        self.parameters = stack.Parameters(params, model.layers)
+        self.walk = Walk(model, params, self.parameters)
+        stack.check_separable(tx, params, state, self.parameters)
+        self.layout = stack.State(state, self.parameters)
+        self.tx, self.halves = tx, halves_of(tx)
+        self.params = params
+        self.stacked, self.others = self.parameters.stacked(params), self.parameters.others(params)
+        self.parts = self.layout.parts(state)
+        self._implementation, self._extra_args = implementation, extra_args
+
+    def check_sums(self) -> None:
+        """Raises ValueError if gradients of micro-batches cannot be summed."""
+        refuse_stateful_stages(self.halves, self.params)
+
+    def forward(self, batch: Any) -> Forward:
+        """The forward pass, with the weights as they were."""
+        return self.walk.forward(self.stacked, batch)
+
+    def norm(self, batch: Any, forward: Forward) -> jax.Array:
+        """The gradient's norm, from a backward pass of its own."""
+
+        def visit(carried: Carried, layer: Any, slices: Stacks, grads: list[Any]) -> Carried:
+            del layer, slices
+            return carried._replace(squares=carried.squares + _squares(grads))
+
+        begin = Carried(Stacks(self.stacked), {}, jnp.zeros((), jnp.float32))
+        carried, of_others = self.walk.backward(batch, forward, begin, _params_of, visit)
+        return jnp.sqrt(carried.squares + _squares(of_others))
+
+    def update(
+        self, batch: Any, forward: Forward, factor: jax.Array | None
+    ) -> tuple[Any, Any, jax.Array]:
+        """Walks back, and every layer takes its step as soon as its gradient is there.
+
+        Returns:
+          The new parameters, the new state, and the gradient's norm before the factor.
+        """
+
+        def visit(carried: Carried, layer: Any, slices: Stacks, grads: list[Any]) -> Carried:
+            new, state = update_and_apply(
+                self.tx,
+                self.parameters.of_layer(_scaled(grads, factor)),
+                self._state_of(slices),
+                self.parameters.of_layer(slices.params),
+                implementation=self._implementation,
+                layer=layer,
+                **self._extra_args,
+            )
+            squares = carried.squares + _squares(grads)
+            return self._replaced(carried, layer, new, state)._replace(squares=squares)
+
+        carried, grads = self.walk.backward(batch, forward, self._begin(), _params_of, visit)
+        norm = jnp.sqrt(carried.squares + _squares(grads))
+        new, state = update_and_apply(
+            self.tx,
+            self.parameters.of_others(_scaled(grads, factor)),
+            self.layout.whole(self.parts, stack.State.OTHERS),
+            self.parameters.of_others(self.others),
+            implementation=self._implementation,
+            **self._extra_args,
+        )
+        return *self._finished(carried, new, state), norm
+
+    def zeros(self) -> Sums:
+        """Gradients of zero, as the inner sees them."""
+        return self._sums(self.halves.zeros(self.params))
+
+    def zero_sums(self, dtype: Any) -> Sums:
+        """Sums of no gradients, in at least float32 unless a dtype is given."""
+        return self._sums(zero_sums(self.halves, self.params, dtype))
+
+    def _sums(self, tree: Any) -> Sums:
+        return Sums(self.parameters.stacked(tree), self.parameters.others(tree))
+
+    def add(
+        self,
+        batch: Any,
+        forward: Forward,
+        sums: Sums,
+        factor: jax.Array | None,
+        *,
+        refresh: bool,
+    ) -> tuple[Sums, dict[str, list[Any]], jax.Array]:
+        """Walks back, and adds up the gradients as the inner sees them.
+
+        Args:
+          batch: the batch.
+          forward: what its forward pass left.
+          sums: the sums so far.
+          factor: what the gradients are multiplied by, or None.
+          refresh: whether projectors may be refreshed.
+
+        Returns:
+          The sums, the parts of the state after the refresh, and the norm before the factor.
+        """
+        asked = dict(self._extra_args) if refresh else {**self._extra_args, "refresh": False}
+
+        def visit(carried: Carried, layer: Any, slices: Stacks, grads: list[Any]) -> Carried:
+            projected, state = self.halves.project(
+                self.parameters.of_layer(_scaled(grads, factor)),
+                self._state_of(slices),
+                self.parameters.of_layer(slices.params),
+                layer=layer,
+                **asked,
+            )
+            carried = carried._replace(
+                stacks=carried.stacks._replace(
+                    sums=stack.put(carried.stacks.sums, _added(slices.sums, projected), layer)
+                ),
+                squares=carried.squares + _squares(grads),
+            )
+            return self._replaced(carried, layer, None, state) if refresh else carried
+
+        carried, grads = self.walk.backward(
+            batch, forward, self._begin(sums.stacked), _params_of, visit
+        )
+        norm = jnp.sqrt(carried.squares + _squares(grads))
+        projected, state = self.halves.project(
+            self.parameters.of_others(_scaled(grads, factor)),
+            self.layout.whole(self.parts, stack.State.OTHERS),
+            self.parameters.of_others(self.others),
+            **asked,
+        )
+        parts = self._joined(carried, state) if refresh else self.parts
+        return Sums(carried.stacks.sums, _added(sums.others, projected)), parts, norm
+
+    def step(
+        self, sums: Sums, factor: jax.Array | float, parts: dict[str, list[Any]]
+    ) -> tuple[Any, Any]:
+        """Every layer takes its step for sums times a factor.
+
+        Returns:
+          The new parameters and the new state.
+        """
+        seen = self.zeros()  # for its dtypes
+        self.parts = parts
+        extra_args = {k: v for k, v in self._extra_args.items() if k != "refresh"}
+
+        def visit(carried: Carried, layer: jax.Array) -> tuple[Carried, None]:
+            slices = stack.take(carried.stacks._replace(sums=sums.stacked), layer)
+            new, state = self.halves.apply(
+                self.parameters.of_layer(_times(slices.sums, factor, seen.stacked)),
+                self._state_of(slices),
+                self.parameters.of_layer(slices.params),
+                self._implementation,
+                layer=layer,
+                **extra_args,
+            )
+            return self._replaced(carried, layer, new, state), None
+
+        carried, _ = jax.lax.scan(visit, self._begin(), jnp.arange(self.parameters.length))
+        new, state = self.halves.apply(
+            self.parameters.of_others(_times(sums.others, factor, seen.others)),
+            self.layout.whole(parts, stack.State.OTHERS),
+            self.parameters.of_others(self.others),
+            self._implementation,
+            **extra_args,
+        )
+        return self._finished(carried, new, state)
+
+    def _begin(self, sums: Sequence[Any] = ()) -> Carried:
+        shared = {kind: self.parts[kind] for kind in ("stack", "all")}
+        stacks = Stacks(self.stacked, self.parts["layer"], list(sums))
+        return Carried(stacks, shared, jnp.zeros((), jnp.float32))
+
+    def _state_of(self, slices: Stacks) -> Any:
+        # What layers share is as it was before the step: each layer's step is the same one.
+        return self.layout.whole({**self.parts, "layer": slices.state}, stack.State.LAYER)
+
+    def _replaced(self, carried: Carried, layer: jax.Array, params: Any, state: Any) -> Carried:
+        """Puts the results of a layer's step into their places."""
+        parts = self.layout.parts_of(state, stack.State.LAYER)
+        stacks = carried.stacks._replace(
+            state=stack.put(carried.stacks.state, parts["layer"], layer)
+        )
+        if params is not None:
+            new = jax.tree.leaves(params, is_leaf=trees.is_box)
+            stacks = stacks._replace(params=stack.put(stacks.params, new, layer))
+        shared = {kind: parts[kind] for kind in carried.shared}
+        return carried._replace(stacks=stacks, shared=alike(shared, carried.shared))
+
+    def _joined(self, carried: Carried, state: Any) -> dict[str, list[Any]]:
+        """The parts of the new state, from the layers' and from the others'."""
+        others = self.layout.parts_of(state, stack.State.OTHERS)
+        of_others = {kind: alike(others[kind], self.parts[kind]) for kind in stack.State.OTHERS}
+        return {"layer": carried.stacks.state, **carried.shared, **of_others}
+
+    def _finished(self, carried: Carried, params: Any, state: Any) -> tuple[Any, Any]:
+        """The whole parameters and the whole state."""
+        parts = self._joined(carried, state)
+        others = jax.tree.leaves(params, is_leaf=trees.is_box)
+        return self.parameters.whole(carried.stacks.params, others), self.layout.whole(
+            parts, tuple(parts)
+        )
+
+
+def _squares(grads: Sequence[Any]) -> jax.Array:
+    leaves = [g.astype(jnp.float32) for g in jax.tree.leaves(grads)]
+    return sum((jnp.sum(g * g) for g in leaves), jnp.zeros((), jnp.float32))
+
+
+def _scaled(grads: Sequence[Any], factor: jax.Array | None) -> list[Any]:
+    if factor is None:
+        return list(grads)
+    return [jax.tree.map(lambda x: (x * factor).astype(x.dtype), g) for g in grads]
+
+
+def _times(sums: Sequence[Any], factor: jax.Array | float, like: Sequence[Any]) -> list[Any]:
+    return jax.tree.map(lambda x, y: (x * factor).astype(y.dtype), list(sums), list(like))
+
+
+def _added(sums: list[Any], projected: Any) -> list[Any]:
+    pairs = zip(jax.tree.leaves(sums), jax.tree.leaves(projected), strict=True)
+    added = [s + x.astype(s.dtype) for s, x in pairs]
+    return jax.tree.unflatten(jax.tree.structure(sums), added)
+
+
+def _params_of(stacks: Stacks) -> list[Any]:
+    return stacks.params

@@ -1,0 +1,138 @@
+"""The forward and the backward pass of a layered model, one layer at a time."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_gale.training import stack
+from optax_gale.training.model import LayeredModel
+from optax_gale.transforms import trees
+
+
+class Forward(NamedTuple):
+    """What a forward pass leaves for the backward one.
+
+    Attributes:
+      loss: the loss.
+      inputs: inputs of the layers, ``(L, ...)`` each.
+      of_rest: gradient of the parameters that are not stacked, through the head.
+      dx: gradient of the last layer's output.
+    """
+
+    loss: jax.Array
+    inputs: Any
+    of_rest: Any
+    dx: Any
+
+
+class Walk:
+    """The passes through one model."""
+
+    def __init__(self, model: LayeredModel, params: Any, parameters: stack.Parameters):
+        """Takes the parameters apart."""
+        self._model, self._parameters = model, parameters
+        self._rest, blocks = model.split(params)
+        self._treedef = jax.tree.structure(blocks, is_leaf=trees.is_box)
+
+    def forward(self, stacked: Sequence[Any], batch: Any) -> Forward:
+        """Runs all layers, and the head forwards and backwards.
+
+        Args:
+          stacked: the stacked leaves.
+          batch: the batch.
+
+        Returns:
+          What `backward` needs.
+
+        Raises:
+          ValueError: if a piece of the model does not return what `LayeredModel` says.
+        """
+        x = self._model.embed(self._rest, batch)
+        self._check(x, stacked, batch)
+
+        def layer(x: Any, i: jax.Array) -> tuple[Any, Any]:
+            return self._run(stack.take(stacked, i), x, batch, i), x
+
+        x, inputs = jax.lax.scan(layer, x, jnp.arange(self._parameters.length))
+
+        def head(rest: Any, x: Any) -> jax.Array:
+            loss = self._model.head(rest, x, batch)
+            if jnp.shape(loss) or not jnp.issubdtype(loss.dtype, jnp.floating):
+                raise ValueError(
+                    "`head` must return the loss, a float scalar, got "
+                    f"{loss.dtype} {jnp.shape(loss)}."
+                )
+            return loss
+
+        loss, (of_rest, dx) = jax.value_and_grad(head, argnums=(0, 1))(self._rest, x)
+        return Forward(loss, inputs, of_rest, dx)
+
+    def backward(
+        self,
+        batch: Any,
+        forward: Forward,
+        carried: Any,
+        stacked_of: Callable[[Any], Sequence[Any]],
+        visit: Callable[[Any, jax.Array, Any, list[Any]], Any],
+    ) -> tuple[Any, list[Any]]:
+        """Walks from the last layer to the first.
+
+        Args:
+          batch: the batch.
+          forward: what the forward pass left.
+          carried: what changes on the way, and more; ``carried.stacks`` is a tree of arrays with a
+            leading axis of layers.
+          stacked_of: finds the stacked leaves of the parameters in such a tree.
+          visit: ``(carried, layer, slices, grads) -> carried``, called with a layer's slices of
+            ``carried.stacks`` and the gradients of its leaves, ``(1, ...)`` each.
+
+        Returns:
+          ``carried``, and the gradients of the leaves that are not stacked.
+        """
+
+        def layer(state: tuple[Any, Any], given: tuple[jax.Array, Any]) -> tuple[Any, None]:
+            carried, dx = state
+            i, x = given
+            slices = stack.take(carried.stacks, i)
+            run = lambda leaves, x: self._run(leaves, x, batch, i)
+            _, pull_back = jax.vjp(run, stacked_of(slices), x)
+            grads, dx = pull_back(dx)
+            return (visit(carried, i, slices, grads), dx), None
+
+        steps = (jnp.arange(self._parameters.length), forward.inputs)
+        (carried, dx), _ = jax.lax.scan(layer, (carried, forward.dx), steps, reverse=True)
+        _, pull_back = jax.vjp(lambda rest: self._model.embed(rest, batch), self._rest)
+        of_rest = jax.tree.map(jnp.add, forward.of_rest, pull_back(dx)[0])
+        return carried, jax.tree.leaves(of_rest, is_leaf=trees.is_box)
+
+    def _run(self, leaves: Sequence[Any], x: Any, batch: Any, i: jax.Array) -> Any:
+        """One layer, from slices of the stacked leaves."""
+        params = jax.tree.unflatten(self._treedef, [_element(leaf) for leaf in leaves])
+        return self._model.block(params, x, batch, i)
+
+    def _check(self, x: Any, stacked: Sequence[Any], batch: Any) -> None:
+        wrong = [a.dtype for a in jax.tree.leaves(x) if not jnp.issubdtype(a.dtype, jnp.floating)]
+        if wrong:
+            raise ValueError(
+                f"`embed` must return floating arrays only, got {wrong[0]}. What is not to be "
+                "differentiated, such as positions and masks, goes into the batch, which `block` "
+                "gets too."
+            )
+        i = jnp.zeros((), jnp.int32)
+        run = lambda stacked, x: self._run(stack.take(stacked, i), x, batch, i)
+        form = lambda tree: jax.tree.map(lambda a: f"{a.dtype} {a.shape}", tree)
+        out = form(jax.eval_shape(run, stacked, x))
+        if out != form(x):
+            raise ValueError(
+                "`block` must return the shapes and dtypes of its input, so that layers can follow "
+                f"each other: got {out} for {form(x)}."
+            )
+
+
+def _element(leaf: Any) -> Any:
+    """The parameter of one layer, in its box."""
+    box = leaf if trees.is_box(leaf) else None
+    names = trees.box_names(box)
+    return trees.rebox(box, trees.unbox(leaf)[0], None if names is None else names[1:])
