@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 _Axes = str | tuple[str, ...] | None
 
@@ -50,10 +50,13 @@ def shards(x: jax.Array, axis: int) -> int:
 
 
 def match(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Returns ``x`` sharded as the type of ``like``, which has as many dimensions."""
-    if spec_of(x) == spec_of(like):
-        return x
+    """Returns ``x`` sharded as the type of ``like``, which has as many dimensions.
+
+    As it is, where that type says nothing: without a mesh, or one with Explicit axes.
+    """
     mesh = jax.typeof(like).sharding.mesh
+    if spec_of(x) == spec_of(like) or AxisType.Explicit not in mesh.axis_types:
+        return x
     return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec_of(like))))
 
 

@@ -8,7 +8,7 @@ what is around them and keep any sharding.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,25 +61,25 @@ class Code:
     """A code.
 
     Attributes:
-      dtype: of the stored places; packed two to a byte if ``bits`` is 4.
-      bits: of a place.
+      bits: of a place; of 4, two are packed into a byte.
       lowest: the first place.
       highest: the last place.
       encode: places, int32, of the numbers nearest to float32 ones.
       decode: the numbers, float32, at int32 places.
       floor: None, or what no positive number is rounded below. A second moment of zero beside a
         first moment that is not would make the step explode: ``m / (sqrt(0) + eps)``.
+      has_negative: whether there are negative numbers.
       signed_scale: whether blocks are divided by a number that may be negative: the code has 1 but
         not -1.
     """
 
-    dtype: Any
     bits: int
     lowest: int
     highest: int
     encode: Callable[[jax.Array], jax.Array]
     decode: Callable[[jax.Array], jax.Array]
     floor: float | None = None
+    has_negative: bool = True
     signed_scale: bool = False
 
 
@@ -135,19 +135,26 @@ def _signed_dynamic() -> Code:
         size = numbers.decode(jnp.abs(place - zero))
         return jnp.where(place < zero, -size, size)
 
-    return Code(jnp.uint8, 8, 0, zero + numbers.last, encode, decode, signed_scale=True)
+    return Code(8, 0, zero + numbers.last, encode, decode, signed_scale=True)
 
 
 def _unsigned_dynamic() -> Code:
     numbers = _Dynamic(shift=1)
-    return Code(jnp.uint8, 8, 0, numbers.last, numbers.encode, numbers.decode, numbers.floor)
+    return Code(
+        8,
+        0,
+        numbers.last,
+        numbers.encode,
+        numbers.decode,
+        numbers.floor,
+        has_negative=False,
+    )
 
 
 def _linear(bits: int) -> Code:
     """Evenly spaced, with zero, one and minus one among them: an identity matrix stays one."""
     last = 2 ** (bits - 1) - 1
     return Code(
-        jnp.int8 if bits == 8 else jnp.uint8,
         bits,
         -last,
         last,

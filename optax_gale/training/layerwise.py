@@ -12,7 +12,7 @@ from optax_gale.pallas import Implementation, check_implementation
 from optax_gale.training.model import LayeredModel
 from optax_gale.training.passes import Pass, Sums
 from optax_gale.transforms.apply import check_transformation
-from optax_gale.transforms.options import check_one_of
+from optax_gale.transforms.options import check_computing_dtype, check_one_of
 
 Clip = Literal["hold", "two_pass", "previous"]
 
@@ -295,5 +295,5 @@ def _check(
             f"`clip_norm` must be a positive number, or None for no clipping, got {clip_norm!r}."
         )
     check_one_of("clip", clip, get_args(Clip))
-    if accumulator_dtype is not None and not jnp.issubdtype(accumulator_dtype, jnp.floating):
-        raise ValueError(f"`accumulator_dtype` must be a floating type, got {accumulator_dtype}.")
+    if accumulator_dtype is not None:
+        check_computing_dtype("accumulator_dtype", accumulator_dtype)

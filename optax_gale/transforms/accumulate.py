@@ -9,7 +9,14 @@ import numpy as np
 import optax
 
 from optax_gale.transforms import inner as inner_lib
-from optax_gale.transforms.apply import Halves, check_transformation, extended, halves_of
+from optax_gale.transforms.apply import (
+    Halves,
+    check_state,
+    check_transformation,
+    extended,
+    halves_of,
+)
+from optax_gale.transforms.options import check_computing_dtype
 from optax_gale.transforms.shardings import alike
 
 
@@ -84,8 +91,8 @@ def accumulate(
     """
     check_transformation("tx", tx)
     every = _checked_schedule(every_k_schedule)
-    if accumulator_dtype is not None and not jnp.issubdtype(accumulator_dtype, jnp.floating):
-        raise ValueError(f"`accumulator_dtype` must be a floating type, got {accumulator_dtype}.")
+    if accumulator_dtype is not None:
+        check_computing_dtype("accumulator_dtype", accumulator_dtype)
     halves = halves_of(tx)
     init_inner = tx.init
 
@@ -97,11 +104,7 @@ def accumulate(
 
     def advance(state, grads, params, refresh, extra_args):
         """Adds a gradient; also returns whether a step is due, and the mean."""
-        if not isinstance(state, AccumulateState):
-            raise TypeError(
-                "`state` must be what `init` of this transformation returned (or a later state of "
-                f"it), got {type(state).__name__}."
-            )
+        check_state(state, AccumulateState)
         k = jnp.asarray(every(state.gradient_step), jnp.int32)
         projected, inner_state = halves.project(
             grads,

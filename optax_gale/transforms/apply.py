@@ -149,3 +149,12 @@ def check_transformation(name: str, tx: Any) -> None:
             f"`{name}` must be an Optax gradient transformation, with `init` and `update`, got "
             f"{tx!r}."
         )
+
+
+def check_state(state: Any, kind: type) -> None:
+    """Raises TypeError unless a state is of a transformation's own class."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            "`state` must be what `init` of this transformation returned (or a later state of "
+            f"it), a {kind.__name__}, got {type(state).__name__}."
+        )

@@ -19,38 +19,65 @@ from optax_gale.transforms.matrices import Projection
 
 MomentKind = Literal["first", "second", "variance", "norm", "keep"]
 
-# Fields of the states of Optax's transformations that hold an array a parameter.
-_FIELDS: Mapping[str, MomentKind] = {
-    "mu": "first",  # adam, lion, muon, adabelief, yogi, centred rmsprop
-    "trace": "first",  # sgd with momentum
-    "m": "first",  # adan
-    "v": "first",  # adan: average of gradient differences (adafactor's `v`: see `_kind`)
-    "g": "first",  # adan: the last gradient
-    "m1": "first",  # ademamix
-    "m2": "first",  # ademamix
-    "acc_grads": "first",  # MultiSteps
-    "grad_acc": "first",  # apply_every
-    "ema": "first",  # ema
-    "exp_avg": "first",  # dadapt_adamw, momo_adam
-    "grad_sum": "first",  # dadapt_adamw
-    "previous_gradient": "first",  # optimistic_gradient_descent
-    "prev_updates": "first",  # rprop
-    "nu": "second",  # adam, rmsprop
-    "nu_max": "second",  # amsgrad
-    "n": "second",  # adan
-    "sum_of_squares": "second",  # adagrad
-    "exp_avg_sq": "second",  # dadapt_adamw, momo_adam
-    "e_g": "second",  # adadelta
-    "e_x": "second",  # adadelta
-    "v_row": "second",  # adafactor
-    "v_col": "second",  # adafactor
-    "step_sizes": "keep",  # rprop
+
+class Meaning(NamedTuple):
+    """What is known of a state's field.
+
+    Attributes:
+      kind: how it depends on the gradients; None if that is not known.
+      stored: the kind of moment whose numbers it has, for those who store it in fewer bits;
+        ``"keep"`` if it is to stay as it is.
+    """
+
+    kind: MomentKind | None
+    stored: MomentKind
+
+    @classmethod
+    def of(cls, kind: MomentKind) -> "Meaning":
+        """That of a moment of a kind."""
+        return cls(kind, kind)
+
+
+_FIRST, _SECOND = Meaning.of("first"), Meaning.of("second")
+# Single gradients and sums of a few: they turn as first moments do, but no average over many steps
+# evens out what rounding does to them.
+_GRADIENT = Meaning("first", "keep")
+_UNKNOWN = Meaning(None, "keep")
+
+# Fields that mean the same wherever they hold an array a parameter. Single letters are not among
+# them: `v` is one paper's first moment and another one's second.
+_FIELDS: Mapping[str, Meaning] = {
+    "mu": _FIRST,  # adam, lion, muon, adabelief, yogi, centred rmsprop
+    "trace": _FIRST,  # sgd with momentum
+    "exp_avg": _FIRST,  # dadapt_adamw, momo_adam
+    "grad_sum": _FIRST,  # dadapt_adamw
+    "acc_grads": _GRADIENT,  # MultiSteps
+    "grad_acc": _GRADIENT,  # apply_every
+    "previous_gradient": _GRADIENT,  # optimistic_gradient_descent
+    "prev_updates": _GRADIENT,  # rprop
+    "nu": _SECOND,  # adam, rmsprop
+    "nu_max": _SECOND,  # amsgrad
+    "sum_of_squares": _SECOND,  # adagrad
+    "exp_avg_sq": _SECOND,  # dadapt_adamw, momo_adam
+    "e_g": _SECOND,  # adadelta
+    "e_x": _SECOND,  # adadelta
+    "v_row": _SECOND,  # adafactor
+    "v_col": _SECOND,  # adafactor
+    "step_sizes": Meaning.of("keep"),  # rprop
 }
-# States whose fields mean something else than their names say.
-_STATES: Mapping[str, Mapping[str, MomentKind | None]] = {
-    "ScaleByBeliefState": {"nu": "variance"},
+# Fields that mean something in one of Optax's states only, or something else there.
+_STATES: Mapping[str, Mapping[str, Meaning]] = {
+    "EmaState": {"ema": _FIRST},
+    # `v` is the average of the gradients' differences, `g` the last gradient.
+    "ScaleByAdanState": {"m": _FIRST, "v": _FIRST, "n": _SECOND, "g": _GRADIENT},
+    "ScaleByAdemamixState": {"m1": _FIRST, "m2": _FIRST},
+    "ScaleBySimplifiedAdEMAMixState": {"m": _FIRST, "n": _SECOND},
+    "ScaleByBeliefState": {"nu": Meaning.of("variance")},
     # A momentum of scaled updates, beside maxima over rows and columns: neither can be rotated.
-    "ScaleBySM3State": {"nu": None},
+    "ScaleBySM3State": {"nu": _UNKNOWN},
+    # An average of the Hessian's diagonal: linear in the squared rotation, as a variance, but of
+    # either sign.
+    "SophiaState": {"nu": Meaning("variance", "first")},
 }
 
 
@@ -143,7 +170,7 @@ def find(
         projection = projections[field_.leaf]
         if projection is None:
             continue
-        index, leaf, node, kind = field_.index, field_.leaf, field_.node, field_.kind
+        index, leaf, node, kind = field_.index, field_.leaf, field_.node, field_.meaning.kind
         name, shape = field_.name, tuple(jnp.shape(storage.unboxed(field_.array)))
         is_full = shape == projection.subspace_shape
         if is_full and kind is None and moments != "reset":
@@ -173,7 +200,7 @@ class Field(NamedTuple):
       leaf: position of the parameter among the parameters' leaves.
       node: path of the state whose field this is.
       name: the field's name.
-      kind: how it depends on the gradients; None if the name does not say.
+      meaning: what is known of it.
     """
 
     index: int  # type: ignore[assignment]
@@ -182,7 +209,7 @@ class Field(NamedTuple):
     leaf: int
     node: tuple[Any, ...]
     name: str
-    kind: MomentKind | None
+    meaning: Meaning
 
 
 def fields(
@@ -210,8 +237,8 @@ def fields(
             continue
         leaf, owner = match
         name, node = _last_key(owner), owner[:-1]
-        kind = _kind(name, _at(state, node), extra)
-        found.append(Field(index, path, array, leaf, node, name, kind))
+        meaning = _meaning(name, _at(state, node), extra)
+        found.append(Field(index, path, array, leaf, node, name, meaning))
     return found
 
 
@@ -234,15 +261,15 @@ def _at(state: Any, path: tuple[Any, ...]) -> Any:
     return state
 
 
-def _kind(name: str, owner: Any, extra: Mapping[str, MomentKind]) -> MomentKind | None:
+def _meaning(name: str, owner: Any, extra: Mapping[str, MomentKind]) -> Meaning:
     if name in extra:
-        return extra[name]
+        return Meaning.of(extra[name])
     known = _STATES.get(type(owner).__name__, {})
     if name in known:
         return known[name]
     if name == "v" and _has(owner, "v_row"):
-        return "second"
-    return _FIELDS.get(name)
+        return _SECOND  # adafactor's, of what it does not factor
+    return _FIELDS.get(name, _UNKNOWN)
 
 
 def _has(owner: Any, name: str) -> bool:

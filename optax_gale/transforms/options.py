@@ -56,7 +56,7 @@ class Options:
         moments_lib.check(self.moments)
         range_finders.resolve(self.range_finder)
         if self.state_dtype is not None:
-            _check_dtype("state_dtype", self.state_dtype, ("int8",))
+            check_computing_dtype("state_dtype", self.state_dtype, ("int8",))
         _check_dtype("projector_dtype", self.projector_dtype, ("int8", "int4"))
 
     @property
@@ -104,13 +104,28 @@ def _is_integer(x: Any) -> bool:
     return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
 
 
+def check_computing_dtype(name: str, dtype: Any, integers: tuple[str, ...] = ()) -> None:
+    """Raises ValueError unless a dtype is one to compute in, or one of a few integer ones."""
+    _check_dtype(name, dtype, integers)
+    if jnp.dtype(dtype).name not in integers and jnp.dtype(dtype).itemsize < 2:
+        remedy = " 'int8' keeps moments in 8 bits." if "int8" in integers else ""
+        raise ValueError(
+            f"`{name}` must be a floating type of 16 bits or more, got {jnp.dtype(dtype).name}: "
+            f"smaller ones are for storage, and neither sum nor mix with others.{remedy}"
+        )
+
+
 def _check_dtype(name: str, dtype: Any, integers: tuple[str, ...]) -> None:
     """Raises ValueError unless a dtype is a floating type or one of a few integer ones."""
-    if dtype is not None and jnp.dtype(dtype).name in integers:
-        return
-    if dtype is None or not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-        others = " or ".join(map(repr, integers))
-        raise ValueError(f"`{name}` must be a floating type, or {others}, got {dtype}.")
+    try:
+        found = None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not (found.name in integers or jnp.issubdtype(found, jnp.floating)):
+        allowed = " or ".join(
+            ["a floating type ('float32', 'bfloat16', ...)", *map(repr, integers)]
+        )
+        raise ValueError(f"`{name}` must be {allowed}, got {dtype!r}.")
 
 
 def check_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

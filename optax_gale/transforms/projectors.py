@@ -1,6 +1,5 @@
 """Refreshing the projectors, and the moments with them."""
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -91,7 +90,7 @@ def refreshed(
                     # The last slice is as long as the others: it reaches back to fit.
                     start = jnp.minimum(due, p.shape[0] - size)
                     g, p = _sliced((g, p), start, size)
-            key = jax.random.fold_in(options.key(), zlib.crc32(gradients[leaf].path.encode()))
+            key = trees.fold_in_path(options.key(), gradients[leaf].path)
             projection = gradients[leaf].projection
             key = jax.random.fold_in(key, step)
             parts.append(p)

@@ -1,6 +1,5 @@
 """Optimizer states in 8 bits, for any transformation."""
 
-import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_gale.quantization import BLOCK_SIZE, quantized_nbytes
-from optax_gale.quantization.blockwise import check_block_size
+from optax_gale.quantization import BLOCK_SIZE
+from optax_gale.quantization.blockwise import checked_block_size
 from optax_gale.quantization.codes import CodeName
 from optax_gale.transforms import moments, storage, trees
-from optax_gale.transforms.apply import check_transformation
+from optax_gale.transforms.apply import check_state, check_transformation
 from optax_gale.transforms.moments import MomentKind
 from optax_gale.transforms.options import check_seed
 
@@ -57,14 +56,17 @@ def quantize_states(
     first moments, unsigned for second ones, ``1 + 4 / block_size`` bytes an element. Blocks run
     along the last axis, so codes have the shape and can have the sharding of what they stand for.
 
-    A second moment that is not zero is never rounded to zero but up to the smallest number of its
-    block, 3.25e-7 of the largest: beside a first moment that is not zero, zero would make a step of
+    A second moment that is not zero is rounded up to the smallest number of its block, 3.25e-7 of
+    the largest, never to zero: beside a first moment that is not zero, zero would make a step of
     ``m / eps``. Rounded up, it makes a shorter step, of a component a thousand times smaller than
-    the block's largest.
+    the block's largest. (Where the largest is below 4e-32, the smallest number is below float32's
+    own, and zero.)
 
-    Which arrays are moments, and of which kind, is known by the names of Optax's own fields, as in
-    `gale`. All others stay as they are: step counters, unknown fields, copies of parameters, and
-    arrays that are small or would not shrink.
+    Which arrays are moments, and of which kind, is known of Optax's own states, and of others whose
+    fields have names with one meaning (``mu``, ``nu``, ``trace``, ...), as in `gale`. Unknown
+    fields stay as they are unless ``fields`` names them, and so do gradients that are summed or
+    held for a step (``optax.MultiSteps``), as no average evens out what rounding does to them. Step
+    counters, float64 arrays, and arrays that are small or would not shrink always stay.
 
     Args:
       inner: any transformation; `gale` also keeps its own inner's moments this way with
@@ -76,7 +78,8 @@ def quantize_states(
         averages then follow changes that are smaller than half the distance of two numbers.
       seed: from which, with the array's place and the step, random numbers derive.
       fields: kind (``"first"``, ``"second"``, ``"variance"``, ``"norm"``, or ``"keep"`` for none)
-        of state fields that Optax's own transformations do not have, or that are to be kept.
+        of state fields that are not known, that mean something else, or that are to be kept. A
+        hand-written Adam's, say: ``{"m": "first", "v": "second"}``.
 
     Returns:
       The transformation.
@@ -100,7 +103,7 @@ def quantize_states(
       <https://arxiv.org/abs/2110.02861>`_, 2022.
     """
     check_transformation("inner", inner)
-    check_block_size(block_size)
+    block_size = checked_block_size(block_size)
     _check_min_size(min_size)
     check_seed(seed)
     known = _checked_fields(fields)
@@ -113,7 +116,7 @@ def quantize_states(
         leaves, treedef = jax.tree.flatten(inner_state, is_leaf=storage.is_stored)
         for found in moments.fields(inner_state, trees.key_paths(params), known):
             x = found.array
-            code = _CODES.get(found.kind or "keep")
+            code = _CODES.get(found.meaning.stored)
             if code is not None and _shrinks(x, code, block_size, min_size):
                 leaves[found.index] = storage.quantized(x, code, block_size)
         return QuantizeStatesState(jnp.zeros((), jnp.int32), jax.tree.unflatten(treedef, leaves))
@@ -124,6 +127,9 @@ def quantize_states(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, QuantizeStatesState]:
+        check_state(state, QuantizeStatesState)
+        if params is not None:
+            trees.check_updates(updates, params)
         read = jax.tree.map(
             lambda x: storage.boxed_value(x) if storage.is_quantized(x) else x,
             state.inner_state,
@@ -138,9 +144,9 @@ def quantize_states(
                 return x
             key = None
             if stochastic_rounding:
-                place = zlib.crc32(jax.tree_util.keystr(path).encode())
                 key = jax.random.key(seed, impl="threefry2x32")
-                key = jax.random.fold_in(jax.random.fold_in(key, place), state.count)
+                key = trees.fold_in_path(key, jax.tree_util.keystr(path))
+                key = jax.random.fold_in(key, state.count)
                 if "layer" in extra_args:  # of a stack whose layers take steps of their own
                     key = jax.random.fold_in(key, extra_args["layer"])
             x = storage.quantized_as(old, trees.unbox(x), key)
@@ -181,8 +187,9 @@ def _shrinks(boxed: Any, code: CodeName, block_size: int, min_size: int) -> bool
     x = trees.unbox(boxed)
     if storage.is_quantized(x) or not jnp.issubdtype(x.dtype, jnp.floating) or not x.ndim:
         return False
-    is_large = x.size >= max(min_size, 1)
-    return is_large and quantized_nbytes(x.shape, code, block_size) < x.size * x.dtype.itemsize
+    # Scales are float32: they have neither float64's range nor its precision.
+    is_meant = x.dtype.itemsize <= 4 and x.size >= max(min_size, 1)
+    return is_meant and storage.shrinks(x.shape, x.dtype, code, block_size)
 
 
 def _check_min_size(min_size: Any) -> None:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from optax_gale._sharding import match as match
+
 
 def explicit_spec(x: Any) -> tuple[Any, ...] | None:
     """One entry an axis of an array whose mesh has Explicit axes; None for any other array."""
@@ -24,11 +26,6 @@ def place_like(x: jax.Array, like: Any, names: Callable[[Sequence[Any]], Sequenc
     if spec is None:
         return x
     return jax.sharding.reshard(x, PartitionSpec(*names(spec)))
-
-
-def match(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Shards ``x`` as ``like``; Explicit meshes only."""
-    return place_like(x, like, lambda spec: spec)
 
 
 def first_element(x: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from optax_gale.transforms import inner as inner_lib
 from optax_gale.transforms import projectors as projectors_lib
 from optax_gale.transforms import residual as residual_lib
 from optax_gale.transforms import storage, subspace, trees
+from optax_gale.transforms.apply import check_state
 
 
 class GaleState(NamedTuple):
@@ -42,15 +43,12 @@ class Step:
     """
 
     def __init__(self, inner, full_rank, options, updates, state, params, extra_args):
-        if not isinstance(state, GaleState):
-            raise TypeError(
-                "`state` must be what `init` of this transformation returned (or a later state of "
-                f"it), got {type(state).__name__}."
-            )
+        check_state(state, GaleState)
         self.options, self.state, self.extra_args = options, state, extra_args
         self.updates = updates
         self.leaves, self.treedef = trees.flatten(updates)
-        self.boxed_projectors = self._like_updates("state.projector", state.projector)
+        like_updates = lambda name, tree: trees.flatten_like(self.treedef, name, tree, "gradients")
+        self.boxed_projectors = like_updates("state.projector", state.projector)
         self.stored_projectors = [storage.unboxed(p) for p in self.boxed_projectors]
         self.matrices: list[Any] = subspace.matrices(
             options, updates, self.leaves, self.stored_projectors
@@ -59,7 +57,7 @@ class Step:
         self.projectors = self._read_projectors()
         self.has_params = params is not None
         self.boxed_weights = (
-            [None] * len(self.leaves) if params is None else self._like_updates("params", params)
+            [None] * len(self.leaves) if params is None else like_updates("params", params)
         )
         self.weights: list[Any] = [trees.unbox(w) for w in self.boxed_weights]
         for leaf, weight in zip(self.leaves, self.weights, strict=True):
@@ -70,16 +68,6 @@ class Step:
                 )
         self.inner = projectors_lib.inner_of(inner, full_rank, self.treedef, self.projected)
         self.inner_state = state.inner_state
-
-    def _like_updates(self, name, tree):
-        try:
-            return self.treedef.flatten_up_to(tree)
-        except ValueError as error:
-            raise ValueError(
-                f"`{name}` does not have the structure of the gradients: "
-                f"{jax.tree.structure(tree)} against {self.treedef}. The state must come from "
-                "`init` with the parameters that the gradients are of."
-            ) from error
 
     def _read_projectors(self) -> list[Any]:
         """The projectors as both passes over a matrix use them.

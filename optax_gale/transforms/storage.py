@@ -9,8 +9,9 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from optax_gale.quantization import Quantized, dequantize, quantize
+from optax_gale.quantization import Quantized, dequantize, quantize, quantized_nbytes
 from optax_gale.quantization.codes import CodeName
 from optax_gale.transforms import trees
 
@@ -44,6 +45,11 @@ def boxed_value(stored: Any, x: Any = None) -> Any:
     x = value(stored) if x is None else x
     box = stored.codes if is_quantized(stored) else stored
     return trees.rebox(box, x) if trees.is_box(box) else x
+
+
+def shrinks(shape: tuple[int, ...], dtype: Any, code: CodeName, block_size: int) -> bool:
+    """Whether an array takes less memory quantised: of short rows, the scales may take more."""
+    return quantized_nbytes(shape, code, block_size) < math.prod(shape) * jnp.dtype(dtype).itemsize
 
 
 def quantized(boxed: Any, code: CodeName, block_size: int) -> Quantized:

@@ -82,7 +82,9 @@ def proxy(options: Options, leaf: trees.Leaf, projection: Projection | None) -> 
 
 def first_projector(options: Options, leaf: trees.Leaf, projection: Projection) -> Any:
     """The projector before the first refresh."""
-    code = options.projector_code
+    code, shape = options.projector_code, projection.projector_shape
+    if code is not None and not storage.shrinks(shape, jnp.float32, code, PROJECTOR_BLOCK_SIZE):
+        return _boxed(leaf, projection.eye(jnp.float32), projection.projector_names)
     p = projection.eye(options.projector_dtype if code is None else jnp.float32)
     boxed = _boxed(leaf, p, projection.projector_names)
     return boxed if code is None else storage.quantized(boxed, code, PROJECTOR_BLOCK_SIZE)

@@ -5,6 +5,7 @@ A *box* is what Flax wraps around an array to carry the names of its axes: Linen
 travel together, and are recognised by their protocol: this module never imports Flax.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -73,6 +74,41 @@ def flatten(tree: Any) -> tuple[list[Leaf], Any]:
     ], treedef
 
 
+def flatten_like(treedef: Any, name: str, tree: Any, of: str) -> list[Any]:
+    """What stands in a tree at the places of another one's leaves.
+
+    Args:
+      treedef: the other tree's structure.
+      name: what the tree is called, for the error.
+      tree: the tree.
+      of: what the other tree is called.
+
+    Raises:
+      ValueError: if the tree has another structure.
+    """
+    try:
+        return treedef.flatten_up_to(tree)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`{name}` does not have the structure of the {of}: {jax.tree.structure(tree)} "
+            f"against {treedef}. Gradients, parameters, and the parameters that `init` made the "
+            "state for must be trees of one structure."
+        ) from error
+
+
+def check_updates(updates: Any, params: Any) -> None:
+    """Raises ValueError unless updates have the structure and the shapes of the parameters."""
+    leaves, treedef = flatten(params)
+    for leaf, update in zip(
+        leaves, flatten_like(treedef, "updates", updates, "parameters"), strict=True
+    ):
+        if not is_nothing(update) and np.shape(unbox(update)) != leaf.value.shape:
+            raise ValueError(
+                f"The update of '{leaf.path}' has shape {np.shape(unbox(update))}, but the "
+                f"parameter has shape {leaf.value.shape}. Pass gradients of these parameters."
+            )
+
+
 def _as_array(x: Any) -> Any:
     """A Python number as an array, which JAX takes it for; anything else as it is."""
     return x if hasattr(x, "shape") else np.asarray(x, jax.dtypes.canonicalize_dtype(type(x)))
@@ -132,6 +168,11 @@ def per_leaf(name: str, option: Any, tree: Any, leaves: Sequence[Leaf]) -> list[
     if callable(option):
         return [option(leaf.path, leaf.value) for leaf in leaves]
     return broadcast_prefix(name, option, tree)
+
+
+def fold_in_path(key: jax.Array, path: str) -> jax.Array:
+    """A key for what a place in a tree draws, alike wherever the place is the same."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def key_paths(tree: Any) -> list[tuple[Any, ...]]:

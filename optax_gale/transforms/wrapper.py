@@ -256,8 +256,9 @@ def gale(
         when they are bfloat16: Adam's second moment stalls in 8 bits of mantissa. ``"int8"``: the
         inner runs in float32 and its moments are kept in 8 bits, as `quantize_states` does.
       projector_dtype: dtype in which P is stored, a floating type, ``"int8"``, or ``"int4"`` (two
-        numbers a byte), in blocks of 128 along a row, each with a float32 scale. P is computed in
-        float32; what is stored is what projects, back-projects, and turns the moments.
+        numbers a byte), in blocks of 128 along a row, each with a float32 scale; float32 for rank
+        1, which would not shrink. P is computed in float32; what is stored is what projects,
+        back-projects, and turns the moments.
       seed: from which, with the leaf's path and the step, every random number derives.
       full_rank: a transformation for the leaves that are not projected; None for ``inner``.
 

@@ -129,6 +129,18 @@ def test_what_is_not_finite_stays_visible_and_within_its_block(code, bad, key):
 
 
 @pytest.mark.parametrize("key", [None, 0])
+def test_a_negative_number_without_a_sign_is_not_taken_for_zero(key):
+    x = jnp.ones((2, 8)).at[0, 1].set(-1e-3)
+    key = None if key is None else jax.random.key(key)
+    got = dequantize(quantize(x, "dynamic_unsigned", block_size=4, key=key))
+    wrong = np.zeros((2, 8), bool)
+    wrong[0, :4] = True
+    assert np.all(np.isnan(got[wrong])) and np.all(got[~wrong] == 1)
+    minus_zero = dequantize(quantize(-jnp.zeros(4).at[0].set(-1.0), "dynamic_unsigned"))
+    np.testing.assert_array_equal(minus_zero, [1.0, 0.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("key", [None, 0])
 @pytest.mark.parametrize("size", [1.0, 1e-20, 1e20])
 def test_no_positive_number_becomes_zero_without_a_sign(key, size):
     """Zero stays zero, and everything else gets at least the smallest number of the code."""
@@ -137,6 +149,14 @@ def test_no_positive_number_becomes_zero_without_a_sign(key, size):
     got = np.asarray(dequantize(quantize(x, "dynamic_unsigned", key=key)), np.float64) / size
     assert got[3] == 0
     np.testing.assert_allclose(got[[1, 2, 4]], 3.25e-7, rtol=1e-6)
+
+
+def test_the_smallest_number_of_a_code_is_none_of_float32_in_tiny_blocks():
+    """The documented end of what is never zero."""
+    for size, is_zero in ((4e-32, False), (3e-32, True)):
+        x = jnp.float32([size, 3.1e-7 * size if not is_zero else 1.2e-38])
+        got = dequantize(quantize(x, "dynamic_unsigned"))
+        assert x[1] > 0 and (got[1] < jnp.finfo(jnp.float32).tiny) == is_zero
 
 
 def test_subnormal_blocks_are_zero_or_finite():
@@ -177,7 +197,7 @@ def test_it_is_a_pytree_of_two_arrays():
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("code", ["dynamic", "int8"])
+@pytest.mark.parametrize("code", ["dynamic", "int8", "int4"])
 @pytest.mark.parametrize("n", [64, 24])  # blocks that fit the devices, and that do not
 def test_codes_stay_where_the_array_is(kind, code, n):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(getattr(AxisType, kind),) * 2)
@@ -199,6 +219,31 @@ def test_codes_stay_where_the_array_is(kind, code, n):
         assert q.codes.sharding.is_equivalent_to(placed.sharding, 2)
 
 
+@pytest.mark.parametrize(("devices", "n"), [(8, 24), (8, 8), (3, 9), (3, 3)])
+def test_bytes_are_not_divided_between_devices(devices, n):
+    """Odd numbers of elements on each of them, and odd rows."""
+    mesh = jax.make_mesh(
+        (devices,), ("model",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:devices]
+    )
+    x = jax.random.normal(jax.random.key(0), (2, n))
+    want = quantize(x, "int4", block_size=16)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, NamedSharding(mesh, P(None, "model")))
+        for key in (None, jax.random.key(0)):
+            q = jax.jit(lambda x, key=key: quantize(x, "int4", block_size=16, key=key))(placed)
+            back = jax.jit(dequantize)(q)
+            assert jax.typeof(q.codes).sharding.spec == P(None, None)
+            if key is None:
+                np.testing.assert_array_equal(q.codes, want.codes)
+                np.testing.assert_array_equal(back, dequantize(want))
+        # Bytes that someone else has divided, of an odd row.
+        packed = jnp.zeros((2, devices), jnp.uint8)
+        packed = jax.device_put(packed, NamedSharding(mesh, P(None, "model")))
+        assert quantization.unpack(packed, 2 * devices - 1).shape == (2, 2 * devices - 1)
+        even = jax.jit(quantization.unpack, static_argnums=1)(packed, 2 * devices)
+        assert jax.typeof(even).sharding.spec == P(None, "model")
+
+
 @pytest.mark.parametrize(
     ("x", "options", "error", "words"),
     [
@@ -208,8 +253,43 @@ def test_codes_stay_where_the_array_is(kind, code, n):
         (jnp.ones(4), {"code": "int5"}, ValueError, "`code` must be one of"),
         (jnp.ones(4), {"block_size": 0}, ValueError, "`block_size` must be at least 1, got 0"),
         (jnp.ones(4), {"block_size": 2.0}, TypeError, "`block_size` must be an int, got 2.0"),
+        (jnp.ones(4), {"code": ["int8"]}, ValueError, r"`code` must be one of .* got \['int8'\]"),
+        (jnp.ones(4), {"key": 3}, TypeError, "`key` must be None or one PRNG key .* got 3"),
+        (jnp.ones(4), {"key": jnp.ones(2)}, TypeError, r"one PRNG key .* got float32 \(2,\)"),
+        (jnp.ones(4), {"key": jax.random.split(jax.random.key(0))}, TypeError, r"key<fry> \(2,\)"),
     ],
 )
 def test_what_makes_no_sense_is_refused(x, options, error, words):
     with pytest.raises(error, match=words):
         quantization.quantize(x, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (((3, 4), "int5"), ValueError, "`code` must be one of .* got 'int5'"),
+        (((3, 4), ["int8"]), ValueError, "`code` must be one of"),
+        (((), "int8"), ValueError, r"`shape` must be a tuple of at least one length, got \(\)"),
+        ((3, "int8"), ValueError, "`shape` must be a tuple of at least one length, got 3"),
+        (((3, 4), "int8", 0), ValueError, "`block_size` must be at least 1"),
+    ],
+)
+def test_bytes_of_what_makes_no_sense(arguments, error, words):
+    with pytest.raises(error, match=words):
+        quantized_nbytes(*arguments)
+
+
+def test_what_cannot_be_read_is_refused():
+    with pytest.raises(TypeError, match=r"`q` must be a Quantized, .* got ArrayImpl"):
+        quantization.dequantize(jnp.ones(4))
+    for dtype in ("int32", "float33", [1]):
+        with pytest.raises(TypeError, match="`dtype` must be None or a floating type"):
+            quantization.dequantize(quantize(jnp.ones(4)), dtype)
+
+
+def test_block_sizes_of_numpy():
+    q = quantization.quantize(jnp.ones(8), block_size=np.int64(4))
+    assert type(q.block_size) is int and q.scales.shape == (2,)
+    # Of another type, it would be another pytree.
+    assert jax.tree.structure(q) == jax.tree.structure(quantize(jnp.ones(8), block_size=4))
+    assert quantized_nbytes((8,), "int8", np.int32(4)) == 16

@@ -109,3 +109,23 @@ def test_two_numbers_share_a_byte(length):
     assert packed.dtype == jnp.uint8 and packed.shape == (3, -(-length // 2))
     np.testing.assert_array_equal(unpack(packed, length), x)
     assert int(packed[0, 0]) & 15 == x[0, 0] % 16
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "words"),
+    [
+        (lambda: pack(jnp.array([9, 1])), ValueError, r"in \[-8, 7\], got some from 1 to 9"),
+        (lambda: pack(jnp.array([-9])), ValueError, "got some from -9 to -9"),
+        (lambda: pack(jnp.ones(2)), TypeError, r"integers in \[-8, 7\], got float32"),
+        (lambda: pack(jnp.int8(1)), ValueError, "`x` must have an axis"),
+        (lambda: pack(3), TypeError, "`x` must be an array .* got int"),
+        (lambda: unpack(jnp.ones(2, jnp.int32), 4), TypeError, "bytes, .* got int32"),
+        (lambda: unpack(jnp.ones((3, 2), jnp.uint8), 5), ValueError, "3 or 4, got 5"),
+        (lambda: unpack(jnp.ones((3, 2), jnp.uint8), 2), ValueError, "3 or 4, got 2"),
+        (lambda: unpack(jnp.ones(1, jnp.uint8), -1), ValueError, "1 or 2, got -1"),
+        (lambda: unpack(jnp.ones(1, jnp.uint8), 1.5), TypeError, "`length` must be an int"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(function, error, words):
+    with pytest.raises(error, match=words):
+        function()

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import optax_gale
 from optax_gale.quantization import Quantized, dequantize
 
-from .reference import turned
+from .reference import moments_of, turned
 
 SHAPES = {"kernel": (24, 40), "stack": (3, 16, 24), "bias": (40,)}
 QUANTISED = ("kernel", "stack")
@@ -142,6 +143,110 @@ def test_which_arrays_are_quantised():
     assert is_quantized(told.init(draw(0)).inner_state["copy"]["kernel"])
 
 
+class HandWrittenState(NamedTuple):
+    m: Any
+    v: Any
+
+
+def hand_written_adam():
+    """With the paper's letters, of which Adan's paper calls a first moment v."""
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return HandWrittenState(zeros, zeros)
+
+    def update(updates, state, params=None):
+        del params
+        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, state.m, updates)
+        v = jax.tree.map(lambda v, g: 0.99 * v + 0.01 * g**2, state.v, updates)
+        steps = jax.tree.map(lambda m, v: -m / (jnp.sqrt(v) + 1e-8), m, v)
+        return steps, HandWrittenState(m, v)
+
+    return optax.GradientTransformation(init, update)
+
+
+def test_letters_are_known_in_the_states_that_use_them_only():
+    params, inner = draw(0), hand_written_adam()
+    state = optax_gale.quantize_states(inner, min_size=0).init(params)
+    assert not any(map(is_quantized, jax.tree.leaves(state, is_leaf=is_quantized)))
+    with pytest.raises(ValueError, match=r"state\.m.* 'm' depends .*Rotate\(\{'m': 'first'\}\)"):
+        optax_gale.gale(inner, RANK).init(params)
+    with pytest.raises(ValueError, match="'v' depends"):
+        optax_gale.gale(inner, RANK, moments=optax_gale.Rotate({"m": "first"})).init(params)
+    told = {"m": "first", "v": "second"}
+    tx = optax_gale.quantize_states(inner, min_size=0, fields=told)
+    state = tx.init(params)
+    assert state.inner_state.v["kernel"].code == "dynamic_unsigned"
+    plain = inner.init(params)
+    # A block over many sizes: a second moment rounded to zero would make a step of m / eps.
+    sizes = jnp.logspace(0, -6, 40)
+    for k in range(3):
+        grads = {**draw(k), "kernel": sizes * draw(k)["kernel"]}
+        updates, state = tx.update(grads, state, params)
+        expected, plain = inner.update(grads, plain, params)
+        assert np.abs(updates["kernel"]).max() < 1.3 * np.abs(expected["kernel"]).max()
+    tx = optax_gale.gale(inner, RANK, state_dtype="int8", moments=optax_gale.Rotate(told))
+    quantised = optax_gale.memory_report(tx, {"w": jnp.ones((256, 2048))}).moments
+    assert quantised < 0.3 * 4 * 2 * RANK * 2048
+
+
+def test_an_average_of_the_hessians_diagonal_keeps_its_sign():
+    """Sophia's `nu`, of Hutchinson's estimates, is negative where the loss bends down."""
+    tx = optax_gale.quantize_states(optax.contrib.sophia(0.1), min_size=0)
+    params = {"w": draw(0)["kernel"]}
+    bends = jnp.where(jnp.arange(40) % 2 == 0, 3.0, -2.0)
+    objective = lambda params: jnp.sum(bends * params["w"] ** 2) / 2
+    state = tx.init(params)
+    _, state = tx.update(jax.grad(objective)(params), state, params, obj_fn=objective)
+    nu = dequantize(state.inner_state[0].nu["w"])
+    np.testing.assert_allclose(nu, 0.01 * np.broadcast_to(bends, (24, 40)), rtol=0.01)
+
+
+def test_sophias_diagonal_turns_as_a_variance_does():
+    """By the rotation's squares, whatever its sign; with an estimator that runs in a subspace."""
+    estimator = optax.GradientTransformation(
+        lambda params: optax.EmptyState(),
+        lambda g, s, p=None: (jax.tree.map(lambda x: x * jnp.abs(x), g), s),
+    )
+    inner = optax.contrib.sophia(0.1, update_interval=1, hessian_diagonal_fn=estimator)
+    tx = optax_gale.gale(
+        optax_gale.quantize_states(inner, min_size=0), RANK, range_finder=turned, side="short"
+    )
+    params = {"w": draw(0)["kernel"]}
+    update = jax.jit(functools.partial(tx.update, refresh=True))
+    _, before = update({"w": draw(1)["kernel"]}, tx.init(params), params)
+    _, after = update({"w": 1e-9 * draw(2)["kernel"]}, before, params)
+    old, new = (np.asarray(s.projector["w"], np.float64) for s in (before, after))
+    nu, got = (dequantize(s.inner_state.inner_state[0].nu["w"]) for s in (before, after))
+    wanted = 0.99 * (new.T @ old) ** 2 @ np.asarray(nu, np.float64)
+    assert nu.min() < 0 and np.abs(got - wanted).max() < 0.02 * np.abs(nu).max()
+
+
+@pytest.mark.parametrize("name", ["MultiSteps", "apply_every", "optimistic", "adan", "rprop"])
+def test_gradients_that_are_held_are_not_rounded(name):
+    """They turn with the subspace, but nothing evens their rounding out."""
+    inner, field = {
+        "MultiSteps": (optax.MultiSteps(optax.adam(0.1), 2), "acc_grads"),
+        "apply_every": (optax.chain(optax.trace(0.9), optax.apply_every(2)), "grad_acc"),
+        "optimistic": (optax.optimistic_adam_v2(0.1), "previous_gradient"),
+        "adan": (optax.adan(0.1), "g"),
+        "rprop": (optax.rprop(0.1), "prev_updates"),
+    }[name]
+    wide = {"kernel": (64, 2048)}
+    params, grads = draw(0, wide), draw(1, wide)
+    alone = optax_gale.quantize_states(inner, min_size=0)
+    within = optax_gale.gale(inner, RANK, state_dtype="int8", side="short")
+    around = optax_gale.quantize_states(optax_gale.gale(inner, RANK), min_size=0)
+    for tx in (alone, within, around):
+        state = tx.init(params)
+        _, state = jax.jit(tx.update)(grads, state, params)
+        assert np.any(moments_of(state, field)["kernel"])  # or it would hold codes and scales
+        rest = jax.tree.leaves(state, is_leaf=is_quantized)
+        assert any(map(is_quantized, rest)) == (name != "rprop")
+    told = optax_gale.quantize_states(inner, min_size=0, fields={field: "first"})
+    assert "kernel/codes" in moments_of(told.init(params), field)
+
+
 def test_amsgrad_adafactor_and_accumulators():
     for inner, second in (
         (optax.amsgrad(0.1), ("nu", "nu_max")),
@@ -222,14 +327,14 @@ def test_stochastic_rounding_follows_small_changes():
 
 
 def test_seeds_places_and_steps_make_the_random_numbers():
-    def codes(seed, steps=1):
+    same = {"a": draw(0)["kernel"], "b": draw(0)["kernel"]}
+
+    def codes(seed, count=0):
         tx = optax_gale.quantize_states(
             optax.adam(0.1), min_size=0, stochastic_rounding=True, seed=seed
         )
-        same = {"a": draw(0)["kernel"], "b": draw(0)["kernel"]}
-        state = tx.init(same)
-        for _ in range(steps):
-            _, state = tx.update(same, state, same)
+        state = tx.init(same)._replace(count=jnp.int32(count))
+        _, state = tx.update(same, state, same)
         return jax.tree.map(lambda x: np.asarray(x.codes), state.inner_state[0].mu,
                             is_leaf=is_quantized)  # fmt: skip
 
@@ -237,6 +342,7 @@ def test_seeds_places_and_steps_make_the_random_numbers():
     chex.assert_trees_all_equal(first, codes(0))
     assert np.any(first["a"] != first["b"])
     assert np.any(first["a"] != codes(1)["a"])
+    assert np.any(first["a"] != codes(0, count=1)["a"])
 
 
 @pytest.mark.parametrize(
@@ -257,6 +363,18 @@ def test_what_makes_no_sense_is_refused(options, error, words):
     inner = options.pop("inner", optax.adam(0.1))
     with pytest.raises(error, match=words):
         optax_gale.quantize_states(inner, **options)
+
+
+def test_updates_refuse_what_is_not_theirs():
+    inner = optax.sgd(0.1, momentum=0.9)
+    tx, params = optax_gale.quantize_states(inner, block_size=np.int32(64)), draw(0)
+    state = tx.init(params)
+    with pytest.raises(TypeError, match=r"`state` must be .* a QuantizeStatesState, got tuple"):
+        tx.update(params, inner.init(params), params)
+    with pytest.raises(ValueError, match="`updates` does not have the structure of the parameters"):
+        tx.update({"kernel": params["kernel"]}, state, params)
+    with pytest.raises(ValueError, match=r"'bias' has shape \(1,\), .* shape \(40,\)"):
+        tx.update({**params, "bias": jnp.ones(1)}, state, params)
 
 
 def test_vmap_is_a_loop():
@@ -343,6 +461,21 @@ def test_a_refresh_rotates_the_values(name):
         wanted = np.abs(q**2 @ (v - over * m**2) + over * (q @ m) ** 2) * (moments == "rotate")
         assert np.abs(got.nu["kernel"] - 0.999 * wanted).max() < 0.03 * v.max()
         assert np.all(got.nu["kernel"] >= 0)
+
+
+@pytest.mark.parametrize("projector", ["int8", "int4"])
+def test_moments_are_turned_by_the_projectors_that_are_stored(projector):
+    """Not by those that were found, which no gradient ever met; moments in float32 show it."""
+    tx = optax_gale.gale(
+        optax.trace(0.9), RANK, range_finder=turned, projector_dtype=projector, side="short"
+    )
+    params = {"w": draw(0)["kernel"]}
+    update = jax.jit(functools.partial(tx.update, refresh=True))
+    _, before = update({"w": draw(1)["kernel"]}, tx.init(params), params)
+    _, after = update({"w": 1e-9 * draw(2)["kernel"]}, before, params)
+    old, new = (np.asarray(read(s.projector)["w"], np.float64) for s in (before, after))
+    wanted = 0.9 * (new.T @ old) @ np.asarray(before.inner_state.trace["w"], np.float64)
+    np.testing.assert_allclose(after.inner_state.trace["w"], wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", GALES)
@@ -570,3 +703,35 @@ def test_half_precision_gradients_meet_one_rounded_projector():
     p = np.asarray(dequantize(state.projector["w"], jnp.bfloat16), np.float64)
     wanted = -p @ (p.T @ np.asarray(grads["w"], np.float64))
     np.testing.assert_allclose(updates["w"], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rank", "shrinks"), [(1, False), (2, True)])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_projector_that_would_grow_stays_in_float32(rank, shrinks, dtype):
+    tx = optax_gale.gale(optax.adamw(0.03), rank, projector_dtype=dtype, side="short")
+    params = {k: draw(0)[k] for k in QUANTISED}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for k in range(2):
+        updates, new = update(draw(k, {k: SHAPES[k] for k in QUANTISED}), state, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+        state = new
+    chex.assert_tree_all_finite(updates)
+    for p in state.projector.values():
+        assert is_quantized(p) == shrinks
+        # Less than in float32, or just that.
+        assert (p.nbytes < 4 * math.prod(p.shape)) == shrinks
+    specs = optax_gale.state_partition_specs(tx, params, {k: P() for k in params})
+    assert jax.tree.structure(specs) == jax.tree.structure(state)
+
+
+def test_float64_stays_as_it_is():
+    """Scales in float32 have not its range: these second moments would be zeros."""
+    with jax.enable_x64(True):
+        params = {"w": 1e-30 * draw(0)["kernel"].astype(jnp.float64)}
+        inner = optax.adam(0.1, eps=1e-300)
+        tx = optax_gale.quantize_states(inner, min_size=0)
+        updates, state = tx.update(params, tx.init(params), params)
+        expected, _ = inner.update(params, inner.init(params), params)
+        assert not any(map(is_quantized, jax.tree.leaves(state, is_leaf=is_quantized)))
+        chex.assert_trees_all_equal(updates, expected)
+        assert updates["w"].dtype == jnp.float64

@@ -1,5 +1,7 @@
 """Half-precision weights: rounded at random, or with what rounding took kept beside them."""
 
+import zlib
+
 import chex
 import flax.linen as nn
 import jax
@@ -124,6 +126,111 @@ def test_applying_the_updates_gives_what_was_meant(dtype):
     assert (new == known).any(0)[alike].all()
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("compensation_dtype", [None, "float32"])
+def test_nothing_is_lost_where_weights_change_sign_and_size(dtype, compensation_dtype):
+    """There the step is rounded once more, and the compensation is of what became of it."""
+    shape = (4000,)
+    w, u = (jax.random.normal(jax.random.key(k), shape) for k in range(2))
+    w = w.astype(dtype)
+    tx = optax_gale.kahan_summation(optax.identity(), compensation_dtype=compensation_dtype)
+    state = tx.init(w)
+    wide = compensation_dtype == "float32"
+    assert state.compensation.dtype == (jnp.float32 if wide else dtype)
+    old = 1e-3 * jax.random.normal(jax.random.key(2), shape).astype(state.compensation.dtype)
+    updates, state = tx.update(u, state._replace(compensation=old), w)
+    assert state.compensation.dtype == old.dtype and updates.dtype == dtype
+    exact = sum(np.asarray(x, np.float64) for x in (w, u, old))
+    new = np.asarray(optax.apply_updates(w, updates), np.float64)
+    kept = np.asarray(state.compensation, np.float64)
+    rounding = 0 if wide else float(jnp.finfo(dtype).eps) / 2 * np.abs(kept) + 3e-8
+    assert np.all(np.abs(new + kept - exact) <= 2.0**-21 + rounding)  # of sums up to 8
+    again = np.abs(new - np.asarray(exact.astype(np.float32).astype(w.dtype), np.float64))
+    assert (again > 0).any()  # or nothing was tested
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compensation_dtype", "arrives", "stalls"),
+    [
+        (jnp.bfloat16, None, -16, -18),
+        (jnp.float16, None, -22, -24),
+        (jnp.bfloat16, "float32", -23, -25),
+        (jnp.float16, "float32", -23, -25),
+    ],
+)
+def test_how_small_an_update_arrives(dtype, compensation_dtype, arrives, stalls):
+    """The documented thresholds, at both ends of a power of two, however often it comes."""
+    w = jnp.asarray([1.0, 1.98], dtype)
+    tx = optax_gale.kahan_summation(optax.identity(), compensation_dtype=compensation_dtype)
+
+    @jax.jit
+    def steps(u):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(u, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (w, tx.init(w)), None, 2**16)[0][0]
+
+    for exponent in (arrives, stalls):
+        new = steps(2.0**exponent * w.astype(jnp.float32))
+        assert ((new > w) == (exponent == arrives)).all()
+
+
+def numpy_steps(wrapper, w, us, seed):
+    """Weights after updates, one step at a time in NumPy's half precision."""
+    half, c = w.dtype, np.zeros_like(w)
+    wide = lambda x: x.astype(np.float32)
+    for count, u in enumerate(us):
+        total = wide(w) + u + (wide(c) if wrapper is optax_gale.kahan_summation else 0)
+        new = total.astype(half)
+        if wrapper is optax_gale.stochastic_rounding:
+            key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), count)
+            draw = jax.random.uniform(jax.random.fold_in(key, zlib.crc32(b"w")), w.shape)
+            error = total - wide(new)
+            other = np.nextafter(new, np.where(error > 0, np.inf, -np.inf).astype(half))
+            new = np.where(
+                np.asarray(draw) * np.abs(wide(other) - wide(new)) < abs(error), other, new
+            )
+        w = (wide(w) + wide((wide(new) - wide(w)).astype(half))).astype(half)
+        c = (total - wide(w)).astype(half)
+    return w
+
+
+def check_against_numpy(wrapper, dtype, size):
+    """Several steps in one program, in which compilers could skip a rounding to half precision."""
+    tx = wrapper(optax.identity())
+    random = np.random.default_rng(0)
+    w = random.normal(size=size).astype(dtype)
+    # Some weights change their sign, and their sizes: there the step is rounded once more.
+    us = (0.1 * random.normal(size=(4, size))).astype(np.float32)
+
+    @jax.jit
+    def steps(params, us):
+        state = tx.init(params)
+        for u in us:
+            updates, state = tx.update({"w": u}, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    got = np.asarray(steps({"w": jnp.asarray(w)}, us)["w"])
+    np.testing.assert_array_equal(got, numpy_steps(wrapper, w, us, seed=0))
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_program_of_several_steps_is_numpys_steps(wrapper, dtype, full_compilation):
+    check_against_numpy(wrapper, dtype, 4000)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_on_a_gpu(wrapper, dtype, full_compilation):
+    assert jax.default_backend() == "gpu"
+    check_against_numpy(wrapper, dtype, 1_000_000)
+
+
 def test_draws_repeat_and_differ_between_leaves_and_steps():
     w = jnp.ones(200, jnp.bfloat16)
     params = {"a": w, "b": w}
@@ -197,3 +304,29 @@ def test_errors(wrapper):
     params = jnp.ones(2, jnp.bfloat16)
     with pytest.raises(ValueError, match="pass `params` to `update`"):
         tx.update(params, tx.init(params))
+    inner = optax.sgd(1e-3, momentum=0.9)
+    tx, params = wrapper(inner), {"w": jnp.ones((4, 3), jnp.bfloat16)}
+    state = tx.init(params)
+    with pytest.raises(TypeError, match=rf"`state` must be .* a {type(state).__name__}, got tuple"):
+        tx.update(params, inner.init(params), params)
+    with pytest.raises(ValueError, match="`updates` does not have the structure of the parameters"):
+        tx.update({"v": params["w"]}, state, params)
+    # It would be broadcast.
+    with pytest.raises(ValueError, match=r"'w' has shape \(3,\), .* has shape \(4, 3\)"):
+        tx.update({"w": jnp.ones(3)}, state, params)
+
+
+def test_a_compensation_of_other_weights_is_refused():
+    tx, params = optax_gale.kahan_summation(optax.sgd(1e-3)), {"w": jnp.ones((4, 3), jnp.bfloat16)}
+    for other, words in (
+        ({"w": jnp.ones(3, jnp.bfloat16)}, r"'w' has shape \(4, 3\), .* compensation .* \(3,\)"),
+        ({"v": params["w"]}, "`state.compensation` does not have the structure"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tx.update(params, tx.init(other), params)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float33", 3, jnp.float16])
+def test_a_compensation_is_of_the_weights_dtype_or_float32(dtype):
+    with pytest.raises(ValueError, match=r"`compensation_dtype` must be None, .* or .float32."):
+        optax_gale.kahan_summation(optax.sgd(1e-3), compensation_dtype=dtype)

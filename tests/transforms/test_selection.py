@@ -395,9 +395,12 @@ def test_errors_of_init(options, error, parts):
         ({"moments": "rotated"}, ValueError, "`moments` must be 'keep', 'rotate', 'reset' or"),
         ({"range_finder": "qr"}, ValueError, "`range_finder` must be one of .*'gale'.*'svd'"),
         ({"range_finder": 3}, TypeError, "`range_finder` must be a name, a `Sketch`, or a callab"),
-        ({"state_dtype": "int4"}, ValueError, "`state_dtype` must be .* or 'int8', got int4"),
+        ({"state_dtype": "int4"}, ValueError, "`state_dtype` must be .* or 'int8', got 'int4'"),
         ({"projector_dtype": "int16"}, ValueError, "`projector_dtype` must be .*'int8' or 'int4'"),
         ({"projector_dtype": None}, ValueError, "`projector_dtype` must be a floating type"),
+        ({"projector_dtype": "float33"}, ValueError, "`projector_dtype` must be .* 'int4', got"),
+        ({"state_dtype": "float33"}, ValueError, "`state_dtype` must be .* 'int8', got 'float33'"),
+        ({"state_dtype": "float8_e4m3fn"}, ValueError, "16 bits or more, .* 'int8' keeps moments"),
         ({"update_proj_gap": 0}, ValueError, "`update_proj_gap` must be at least 1, got 0"),
     ],
 )
