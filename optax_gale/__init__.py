@@ -8,8 +8,10 @@ from optax_gale.training import (
     LayerwiseMetrics,
     LayerwiseState,
     StepMemoryReport,
+    dequantize_weights,
     largest_batch,
     layerwise,
+    quantize_weights,
     step_memory_report,
 )
 from optax_gale.transforms import (
@@ -68,6 +70,7 @@ __all__ = [
     "StochasticRoundingState",
     "accumulate",
     "chain",
+    "dequantize_weights",
     "gale",
     "gale_adafactor",
     "gale_adamw",
@@ -82,6 +85,7 @@ __all__ = [
     "memory_report",
     "quantization",
     "quantize_states",
+    "quantize_weights",
     "scale_by_orthogonalized_momentum",
     "state_partition_specs",
     "step_memory_report",

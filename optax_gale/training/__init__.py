@@ -4,6 +4,7 @@ from optax_gale.training.budgets import LargestBatch, largest_batch, parse_bytes
 from optax_gale.training.layerwise import Layerwise, LayerwiseMetrics, LayerwiseState, layerwise
 from optax_gale.training.memory import StepMemoryReport, step_memory_report
 from optax_gale.training.model import LayeredModel
+from optax_gale.training.weights import dequantize_weights, quantize_weights
 
 __all__ = [
     "LargestBatch",
@@ -12,8 +13,10 @@ __all__ = [
     "LayerwiseMetrics",
     "LayerwiseState",
     "StepMemoryReport",
+    "dequantize_weights",
     "largest_batch",
     "layerwise",
     "parse_bytes",
+    "quantize_weights",
     "step_memory_report",
 ]

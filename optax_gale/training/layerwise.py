@@ -10,7 +10,8 @@ import optax
 
 from optax_gale.pallas import Implementation, check_implementation
 from optax_gale.training.model import LayeredModel
-from optax_gale.training.passes import Pass, Sums
+from optax_gale.training.passes import Pass, Sums, as_seen
+from optax_gale.training.weights import any_quantized
 from optax_gale.transforms.apply import check_transformation
 from optax_gale.transforms.options import check_computing_dtype, check_one_of
 
@@ -47,7 +48,7 @@ class Layerwise(NamedTuple):
 
     Attributes:
       init: ``(params) -> state``.
-      step: ``(params, state, batch, *, refresh=None, **extra_args) -> (params, state,
+      step: ``(params, state, batch, *, refresh=None, key=None, **extra_args) -> (params, state,
         LayerwiseMetrics)``.
     """
 
@@ -99,7 +100,8 @@ def layerwise(
       A `Layerwise`: ``init(params)`` makes the state, which is that of ``tx`` itself, so that
       checkpoints fit the ordinary step (with ``clip="previous"``, a `LayerwiseState`).
       ``step(params, state, batch)`` is to be compiled, with params and state donated;
-      ``refresh`` is as in `gale`, and static.
+      ``refresh`` is as in `gale`, and static. Parameters may be in 8 bits (`quantize_weights`); to
+      the optimizer they are float32, and ``key``, another one at every step, rounds them.
 
     Raises:
       TypeError: if an argument has the wrong type.
@@ -137,16 +139,22 @@ def layerwise(
     remembers = clip_norm is not None and clip == "previous"
 
     def init(params: Any) -> Any:
-        state = tx.init(params)
+        state = tx.init(params) if not any_quantized(params) else _init(tx, params)
         return LayerwiseState(state, jnp.zeros((), jnp.float32)) if remembers else state
 
     def step(
-        params: Any, state: Any, batch: Any, *, refresh: bool | None = None, **extra_args: Any
+        params: Any,
+        state: Any,
+        batch: Any,
+        *,
+        refresh: bool | None = None,
+        key: jax.Array | None = None,
+        **extra_args: Any,
     ) -> tuple[Any, Any, LayerwiseMetrics]:
         _check_state(state, remembers)
         opt_state, previous = state if remembers else (state, None)
         options = {} if refresh is None else {"refresh": refresh}
-        pass_ = Pass(model, tx, params, opt_state, implementation, {**options, **extra_args})
+        pass_ = Pass(model, tx, params, opt_state, implementation, {**options, **extra_args}, key)
         parts = Parts(batch, micro_batches)
         if micro_batches == 1 and (clip_norm is None or clip != "hold"):
             new, opt_state, *metrics = _at_once(pass_, parts, clip_norm, previous)
@@ -162,6 +170,11 @@ def layerwise(
         )
 
     return Layerwise(init, step)
+
+
+def _init(tx: optax.GradientTransformation, params: Any) -> Any:
+    # Compiled, since of what the weights stand for only the shapes are needed.
+    return jax.jit(lambda params: tx.init(as_seen(params)))(params)
 
 
 class Parts:

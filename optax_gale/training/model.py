@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_gale.training import weights
+
 
 @dataclasses.dataclass(frozen=True)
 class LayeredModel:
@@ -60,17 +62,18 @@ class LayeredModel:
         """The loss, differentiable as usual: activations are kept between layers only.
 
         Args:
-          params: all parameters.
+          params: all parameters; those in 8 bits are read layer by layer, and have no derivative.
           batch: what ``embed``, ``block`` and ``head`` read.
 
         Returns:
           A scalar.
         """
         rest, stack = self.split(params)
+        rest = weights.dequantize_weights(rest)
 
         @jax.checkpoint
         def layer(x: Any, given: tuple[Any, jax.Array]) -> tuple[Any, None]:
-            return self.block(given[0], x, batch, given[1]), None
+            return self.block(weights.dequantize_weights(given[0]), x, batch, given[1]), None
 
         numbers = jnp.arange(jax.tree.leaves(stack)[0].shape[0])
         x, _ = jax.lax.scan(layer, self.embed(rest, batch), (stack, numbers))

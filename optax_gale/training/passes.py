@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_gale.pallas import Implementation
-from optax_gale.training import stack
+from optax_gale.training import stack, weights
 from optax_gale.training.model import LayeredModel
 from optax_gale.training.walk import Forward, Walk
 from optax_gale.transforms import trees
@@ -63,26 +63,35 @@ class Pass:
         state: Any,
         implementation: Implementation | None,
         extra_args: dict[str, Any],
+        key: jax.Array | None,
     ):
         """Takes parameters and state apart.
 
         Raises:
-          ValueError: if they cannot be, or the optimizer mixes leaves.
+          ValueError: if they cannot be, the optimizer mixes leaves, or weights in 8 bits have no
+            key to be rounded with.
         """
+        if key is None and weights.any_quantized(params):
+            raise ValueError(
+                "Weights in 8 bits are rounded at random: give `step` a `key`, another one at "
+                "every step, such as jax.random.fold_in(jax.random.key(0), step)."
+            )
+        self._key = key
+        values = as_seen(params)
         model.split(params)  # raises where there is no stack
         self.parameters = stack.Parameters(params, model.layers)
         self.walk = Walk(model, params, self.parameters)
-        stack.check_separable(tx, params, state, self.parameters)
+        stack.check_separable(tx, values, state, self.parameters)
         self.layout = stack.State(state, self.parameters)
         self.tx, self.halves = tx, halves_of(tx)
-        self.params = params
+        self.values = values  # of which shapes are read only, where weights are in 8 bits
         self.stacked, self.others = self.parameters.stacked(params), self.parameters.others(params)
         self.parts = self.layout.parts(state)
         self._implementation, self._extra_args = implementation, extra_args
 
     def check_sums(self) -> None:
         """Raises ValueError if gradients of micro-batches cannot be summed."""
-        refuse_stateful_stages(self.halves, self.params)
+        refuse_stateful_stages(self.halves, self.values)
 
     def forward(self, batch: Any) -> Forward:
         """The forward pass, with the weights as they were."""
@@ -113,7 +122,7 @@ class Pass:
                 self.tx,
                 self.parameters.of_layer(_scaled(grads, factor)),
                 self._state_of(slices),
-                self.parameters.of_layer(slices.params),
+                self.parameters.of_layer(as_seen(slices.params)),
                 implementation=self._implementation,
                 layer=layer,
                 **self._extra_args,
@@ -127,7 +136,7 @@ class Pass:
             self.tx,
             self.parameters.of_others(_scaled(grads, factor)),
             self.layout.whole(self.parts, stack.State.OTHERS),
-            self.parameters.of_others(self.others),
+            self.parameters.of_others(as_seen(self.others)),
             implementation=self._implementation,
             **self._extra_args,
         )
@@ -135,11 +144,11 @@ class Pass:
 
     def zeros(self) -> Sums:
         """Gradients of zero, as the inner sees them."""
-        return self._sums(self.halves.zeros(self.params))
+        return self._sums(self.halves.zeros(self.values))
 
     def zero_sums(self, dtype: Any) -> Sums:
         """Sums of no gradients, in at least float32 unless a dtype is given."""
-        return self._sums(zero_sums(self.halves, self.params, dtype))
+        return self._sums(zero_sums(self.halves, self.values, dtype))
 
     def _sums(self, tree: Any) -> Sums:
         return Sums(self.parameters.stacked(tree), self.parameters.others(tree))
@@ -171,7 +180,7 @@ class Pass:
             projected, state = self.halves.project(
                 self.parameters.of_layer(_scaled(grads, factor)),
                 self._state_of(slices),
-                self.parameters.of_layer(slices.params),
+                self.parameters.of_layer(as_seen(slices.params)),
                 layer=layer,
                 **asked,
             )
@@ -190,7 +199,7 @@ class Pass:
         projected, state = self.halves.project(
             self.parameters.of_others(_scaled(grads, factor)),
             self.layout.whole(self.parts, stack.State.OTHERS),
-            self.parameters.of_others(self.others),
+            self.parameters.of_others(as_seen(self.others)),
             **asked,
         )
         parts = self._joined(carried, state) if refresh else self.parts
@@ -213,7 +222,7 @@ class Pass:
             new, state = self.halves.apply(
                 self.parameters.of_layer(_times(slices.sums, factor, seen.stacked)),
                 self._state_of(slices),
-                self.parameters.of_layer(slices.params),
+                self.parameters.of_layer(as_seen(slices.params)),
                 self._implementation,
                 layer=layer,
                 **extra_args,
@@ -224,7 +233,7 @@ class Pass:
         new, state = self.halves.apply(
             self.parameters.of_others(_times(sums.others, factor, seen.others)),
             self.layout.whole(parts, stack.State.OTHERS),
-            self.parameters.of_others(self.others),
+            self.parameters.of_others(as_seen(self.others)),
             self._implementation,
             **extra_args,
         )
@@ -246,7 +255,9 @@ class Pass:
             state=stack.put(carried.stacks.state, parts["layer"], layer)
         )
         if params is not None:
-            new = jax.tree.leaves(params, is_leaf=trees.is_box)
+            old, paths = stack.take(stacks.params, layer), self.parameters.stacked_paths
+            key = None if self._key is None else jax.random.fold_in(self._key, layer)
+            new = weights.like(old, jax.tree.leaves(params, is_leaf=trees.is_box), paths, key)
             stacks = stacks._replace(params=stack.put(stacks.params, new, layer))
         shared = {kind: parts[kind] for kind in carried.shared}
         return carried._replace(stacks=stacks, shared=alike(shared, carried.shared))
@@ -261,6 +272,7 @@ class Pass:
         """The whole parameters and the whole state."""
         parts = self._joined(carried, state)
         others = jax.tree.leaves(params, is_leaf=trees.is_box)
+        others = weights.like(self.others, others, self.parameters.other_paths, self._key)
         return self.parameters.whole(carried.stacks.params, others), self.layout.whole(
             parts, tuple(parts)
         )
@@ -285,6 +297,11 @@ def _added(sums: list[Any], projected: Any) -> list[Any]:
     pairs = zip(jax.tree.leaves(sums), jax.tree.leaves(projected), strict=True)
     added = [s + x.astype(s.dtype) for s, x in pairs]
     return jax.tree.unflatten(jax.tree.structure(sums), added)
+
+
+def as_seen(params: Any) -> Any:
+    """Weights as the optimizer sees them: in float32 where they are in 8 bits."""
+    return weights.dequantize_weights(params, jnp.float32)
 
 
 def _params_of(stacks: Stacks) -> list[Any]:

@@ -6,7 +6,7 @@ and a state its structure. Leaves that take no part are replaced by ``optax.Mask
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -45,13 +45,14 @@ class Parameters:
         Raises:
           ValueError: if they do not have a leading axis of one length.
         """
-        leaves, self._treedef = trees.flatten(params)
-        self.paths = [leaf.path for leaf in leaves]
-        self.key_paths = trees.key_paths(params)
+        found = jax.tree_util.tree_flatten_with_path(params, is_leaf=storage.is_stored)
+        entries, self._treedef = found[0], cast(Any, found[1])
+        self.key_paths = [path for path, _ in entries]
+        self.paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p in self.key_paths]
         self.is_stacked = [path.startswith(layers + "/") for path in self.paths]
         lengths = {
-            leaf.path: leaf.value.shape[:1]
-            for leaf, is_stacked in zip(leaves, self.is_stacked, strict=True)
+            path: jnp.shape(storage.unboxed(x))[:1]
+            for path, (_, x), is_stacked in zip(self.paths, entries, self.is_stacked, strict=True)
             if is_stacked
         }
         if len(set(lengths.values())) != 1 or () in lengths.values():
@@ -74,6 +75,16 @@ class Parameters:
     def others(self, tree: Any) -> list[Any]:
         """The other leaves of a whole tree."""
         return [x for x, yes in zip(self.leaves(tree), self.is_stacked, strict=True) if not yes]
+
+    @property
+    def stacked_paths(self) -> list[str]:
+        """Paths of the stacked leaves."""
+        return [x for x, yes in zip(self.paths, self.is_stacked, strict=True) if yes]
+
+    @property
+    def other_paths(self) -> list[str]:
+        """Paths of the other leaves."""
+        return [x for x, yes in zip(self.paths, self.is_stacked, strict=True) if not yes]
 
     def whole(self, stacked: Sequence[Any], others: Sequence[Any]) -> Any:
         """The tree of some leaves."""

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_gale.training import stack
+from optax_gale.training import stack, weights
 from optax_gale.training.model import LayeredModel
-from optax_gale.transforms import trees
+from optax_gale.transforms import storage, trees
 
 
 class Forward(NamedTuple):
@@ -33,8 +33,9 @@ class Walk:
     def __init__(self, model: LayeredModel, params: Any, parameters: stack.Parameters):
         """Takes the parameters apart."""
         self._model, self._parameters = model, parameters
-        self._rest, blocks = model.split(params)
-        self._treedef = jax.tree.structure(blocks, is_leaf=trees.is_box)
+        rest, blocks = model.split(params)
+        self._rest = weights.dequantize_weights(rest)
+        self._treedef = jax.tree.structure(blocks, is_leaf=storage.is_stored)
 
     def forward(self, stacked: Sequence[Any], batch: Any) -> Forward:
         """Runs all layers, and the head forwards and backwards.
@@ -53,7 +54,7 @@ class Walk:
         self._check(x, stacked, batch)
 
         def layer(x: Any, i: jax.Array) -> tuple[Any, Any]:
-            return self._run(stack.take(stacked, i), x, batch, i), x
+            return self._run(self._values(stacked, i), x, batch, i), x
 
         x, inputs = jax.lax.scan(layer, x, jnp.arange(self._parameters.length))
 
@@ -97,7 +98,7 @@ class Walk:
             i, x = given
             slices = stack.take(carried.stacks, i)
             run = lambda leaves, x: self._run(leaves, x, batch, i)
-            _, pull_back = jax.vjp(run, stacked_of(slices), x)
+            _, pull_back = jax.vjp(run, weights.dequantize_weights(stacked_of(slices)), x)
             grads, dx = pull_back(dx)
             return (visit(carried, i, slices, grads), dx), None
 
@@ -106,6 +107,9 @@ class Walk:
         _, pull_back = jax.vjp(lambda rest: self._model.embed(rest, batch), self._rest)
         of_rest = jax.tree.map(jnp.add, forward.of_rest, pull_back(dx)[0])
         return carried, jax.tree.leaves(of_rest, is_leaf=trees.is_box)
+
+    def _values(self, stacked: Sequence[Any], i: jax.Array) -> Any:
+        return weights.dequantize_weights(stack.take(stacked, i))
 
     def _run(self, leaves: Sequence[Any], x: Any, batch: Any, i: jax.Array) -> Any:
         """One layer, from slices of the stacked leaves."""
@@ -121,7 +125,7 @@ class Walk:
                 "gets too."
             )
         i = jnp.zeros((), jnp.int32)
-        run = lambda stacked, x: self._run(stack.take(stacked, i), x, batch, i)
+        run = lambda stacked, x: self._run(self._values(stacked, i), x, batch, i)
         form = lambda tree: jax.tree.map(lambda a: f"{a.dtype} {a.shape}", tree)
         out = form(jax.eval_shape(run, stacked, x))
         if out != form(x):
