@@ -54,9 +54,9 @@ def test_the_report_is_of_the_step_that_training_takes():
 def test_the_largest_batch_of_a_model(monkeypatch):
     asked = []
 
-    def report_of(model, tx, state, shape, *, loss_chunks, budget):
+    def report_of(model, tx, state, shape, *, loss_chunks, budget, walk):
         asked.append(shape)
-        assert loss_chunks == 2 and budget == "1GB"
+        assert loss_chunks == 2 and budget == "1GB" and walk.micro_batches == 1
         return dataclasses.replace(example(), activations=shape[0] * MIB)
 
     monkeypatch.setattr(step_memory, "step_report", report_of)
