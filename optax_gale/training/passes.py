@@ -218,7 +218,7 @@ class Pass:
         extra_args = {k: v for k, v in self._extra_args.items() if k != "refresh"}
 
         def visit(carried: Carried, layer: jax.Array) -> tuple[Carried, None]:
-            slices = stack.take(carried.stacks._replace(sums=sums.stacked), layer)
+            slices = stack.take_all_first(carried.stacks._replace(sums=sums.stacked), layer)
             new, state = self.halves.apply(
                 self.parameters.of_layer(_times(slices.sums, factor, seen.stacked)),
                 self._state_of(slices),

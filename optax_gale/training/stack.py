@@ -16,13 +16,17 @@ from optax_gale.transforms import dataflow, storage, trees
 
 
 def take(tree: Any, layer: jax.Array) -> Any:
-    """A layer of every array, as a slice.
+    """A layer of every array, as a slice."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, layer, 1), tree)
 
-    All are taken before any of them is used. So what is put back cannot precede a reading of what
-    it replaces; compilers, which would otherwise have to copy whole stacks, can do it in place.
+
+def take_all_first(tree: Any, layer: jax.Array) -> Any:
+    """`take`, of everything before any of it is used.
+
+    So what is `put` back cannot precede a reading of what it replaces; compilers, which would
+    otherwise have to copy whole stacks, can do it in place.
     """
-    slices = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, layer, 1), tree)
-    return jax.lax.optimization_barrier(slices)
+    return jax.lax.optimization_barrier(take(tree, layer))
 
 
 def put(tree: Any, layers: Any, layer: jax.Array) -> Any:

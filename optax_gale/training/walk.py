@@ -96,7 +96,7 @@ class Walk:
         def layer(state: tuple[Any, Any], given: tuple[jax.Array, Any]) -> tuple[Any, None]:
             carried, dx = state
             i, x = given
-            slices = stack.take(carried.stacks, i)
+            slices = stack.take_all_first(carried.stacks, i)
             run = lambda leaves, x: self._run(leaves, x, batch, i)
             _, pull_back = jax.vjp(run, weights.dequantize_weights(stacked_of(slices)), x)
             grads, dx = pull_back(dx)
