@@ -42,6 +42,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_yticks(range(len(bars)), [bar[0] for bar in bars])
     axes.set(title="training LLaMA-7B", xlabel="peak memory, GiB (published: as published)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right")
+    axes.margins(x=0.1)  # for the numbers
+    figure.legend(loc="outside lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
