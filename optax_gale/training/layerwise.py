@@ -74,9 +74,9 @@ def layerwise(
     the inputs of the layers are kept, one activation of the residual stream each.
 
     The result is that of the ordinary step, up to rounding where a compiler orders sums
-    differently. Every layer is to the optimizer as a parameter of its own, so what looks at a whole
-    leaf (a trust ratio, a norm of a block) sees a layer of it. Transformations that mix leaves are
-    refused.
+    differently. Every layer is to the optimizer as a parameter of its own, ``(1, ...)``, so what
+    looks at a whole leaf (a trust ratio, a norm of a block, a callable ``scale``) sees a layer of
+    it, and random draws are others. Transformations that mix leaves are refused.
 
     With several micro-batches, gradients are projected and summed in the subspace, as `accumulate`
     does, and the layers take their steps at the end.
@@ -84,8 +84,9 @@ def layerwise(
     Args:
       model: the model.
       tx: any Optax transformation.
-      micro_batches: parts, at least 1, in which the batch is computed, of equal weight. Arrays of
-        the batch have its size as their leading axis, which this divides; scalars go to every part.
+      micro_batches: parts, at least 1, in which the batch is computed, of equal weight. All arrays
+        of the batch then have its size as their leading axis, which this divides; scalars go to
+        every part.
       clip_norm: global norm to which gradients are scaled down, that of every micro-batch by
         itself; None for no clipping.
       clip: how the norm is known in time. ``"hold"``: exactly; gradients are held, in the
@@ -152,7 +153,13 @@ def layerwise(
         **extra_args: Any,
     ) -> tuple[Any, Any, LayerwiseMetrics]:
         _check_state(state, remembers)
+        if "layer" in extra_args:
+            raise ValueError(
+                "`layer` is what layers are told apart by: pass it under another name."
+            )
         opt_state, previous = state if remembers else (state, None)
+        if previous is not None:  # one gradient that is not finite does not spoil the next
+            previous = jnp.where(jnp.isfinite(previous), previous, 0.0)
         options = {} if refresh is None else {"refresh": refresh}
         pass_ = Pass(model, tx, params, opt_state, implementation, {**options, **extra_args}, key)
         parts = Parts(batch, micro_batches)
@@ -184,15 +191,27 @@ class Parts:
         """Checks that it can be divided.
 
         Raises:
-          ValueError: if an array's leading axis is no multiple of ``count``.
+          ValueError: if arrays have leading axes of different lengths, or no multiple of ``count``.
         """
         self.count, self._batch = count, batch
-        for path, x in jax.tree_util.tree_flatten_with_path(batch)[0]:
-            if count > 1 and jnp.ndim(x) and jnp.shape(x)[0] % count:
-                name = jax.tree_util.keystr(path)
+        if count == 1:
+            return
+        arrays = {
+            jax.tree_util.keystr(path): jnp.shape(x)
+            for path, x in jax.tree_util.tree_flatten_with_path(batch)[0]
+            if jnp.ndim(x)
+        }
+        if len({shape[0] for shape in arrays.values()}) > 1:
+            raise ValueError(
+                f"With micro_batches={count} the leading axis of every array of the batch must be "
+                f"that of the examples, got {arrays}. What all parts share is to be a scalar, or "
+                "no part of the batch (a constant of `block` or `head`)."
+            )
+        for name, shape in arrays.items():
+            if shape[0] % count or not shape[0]:
                 raise ValueError(
                     f"micro_batches={count} must divide the leading axis of every array of the "
-                    f"batch: batch{name} has shape {jnp.shape(x)}."
+                    f"batch: batch{name} has shape {shape}."
                 )
 
     def __getitem__(self, i: Any) -> Any:
@@ -269,7 +288,7 @@ def _summed(
 
 
 def _factor(clip_norm: float | None, norm: jax.Array) -> jax.Array:
-    """What scales a gradient down to a norm; not finite where the gradient is not."""
+    """What scales a gradient down to a norm, as ``optax.clip_by_global_norm`` does."""
     assert clip_norm is not None
     return jnp.where(norm < clip_norm, 1.0, clip_norm / norm)
 
@@ -303,7 +322,8 @@ def _check(
         raise TypeError(f"`micro_batches` must be an int, got {micro_batches!r}.")
     if micro_batches < 1:
         raise ValueError(f"`micro_batches` must be at least 1, got {micro_batches}.")
-    if clip_norm is not None and not (isinstance(clip_norm, (int, float)) and clip_norm > 0):
+    is_number = isinstance(clip_norm, (int, float, np.number)) and not isinstance(clip_norm, bool)
+    if clip_norm is not None and not (is_number and clip_norm > 0):
         raise ValueError(
             f"`clip_norm` must be a positive number, or None for no clipping, got {clip_norm!r}."
         )

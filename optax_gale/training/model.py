@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_gale.training import weights
+from optax_gale.transforms import storage, trees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,8 @@ class LayeredModel:
       block: ``(params, x, batch, layer) -> x``: one layer, with its parameters (no leading axis)
         and its number, int32 ``()``. The result has the shapes and dtypes of ``x``.
       head: ``(rest, x, batch) -> loss``: a float scalar, the mean over the batch.
-      layers: place of the stacked parameters in the tree of mappings: a key, or keys joined by "/".
+      layers: place of the stacked parameters in the tree of mappings: a key, keys joined by "/", or
+        a tuple of keys.
 
     Example:
       >>> import jax.numpy as jnp, optax_gale
@@ -45,7 +47,12 @@ class LayeredModel:
     embed: Callable[..., Any]
     block: Callable[..., Any]
     head: Callable[..., jax.Array]
-    layers: str = "layers"
+    layers: str | tuple[str, ...] = "layers"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that lead to the stacked parameters."""
+        return tuple(self.layers.split("/")) if isinstance(self.layers, str) else self.layers
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """Takes parameters apart.
@@ -56,7 +63,7 @@ class LayeredModel:
         Raises:
           ValueError: if there are none at ``layers``.
         """
-        return _taken_out(params, self.layers.split("/"), self.layers)
+        return _taken_out(params, list(self.keys), "/".join(self.keys))
 
     def loss(self, params: Any, batch: Any) -> jax.Array:
         """The loss, differentiable as usual: activations are kept between layers only.
@@ -73,11 +80,22 @@ class LayeredModel:
 
         @jax.checkpoint
         def layer(x: Any, given: tuple[Any, jax.Array]) -> tuple[Any, None]:
-            return self.block(weights.dequantize_weights(given[0]), x, batch, given[1]), None
+            params = jax.tree.map(element, given[0], is_leaf=storage.is_stored)
+            return self.block(params, x, batch, given[1]), None
 
         numbers = jnp.arange(jax.tree.leaves(stack)[0].shape[0])
-        x, _ = jax.lax.scan(layer, self.embed(rest, batch), (stack, numbers))
+        # Slices of length 1, so that boxes still have a name for the axis of layers.
+        sliced = jax.tree.map(lambda x: x[:, None], stack)
+        x, _ = jax.lax.scan(layer, self.embed(rest, batch), (sliced, numbers))
         return self.head(rest, x, batch)
+
+
+def element(leaf: Any) -> Any:
+    """The parameter of one layer, from a slice of length 1; in its box, and not in 8 bits."""
+    leaf = weights.dequantize_weights(leaf)
+    box = leaf if trees.is_box(leaf) else None
+    names = trees.box_names(box)
+    return trees.rebox(box, trees.unbox(leaf)[0], None if names is None else names[1:])
 
 
 def _taken_out(tree: Any, keys: list[str], path: str) -> tuple[Any, Any]:

@@ -79,9 +79,9 @@ class Pass:
         self._key = key
         values = as_seen(params)
         model.split(params)  # raises where there is no stack
-        self.parameters = stack.Parameters(params, model.layers)
+        self.parameters = stack.Parameters(params, model.keys)
         self.walk = Walk(model, params, self.parameters)
-        stack.check_separable(tx, values, state, self.parameters)
+        stack.check_separable(tx, values, state, self.parameters, extra_args)
         self.layout = stack.State(state, self.parameters)
         self.tx, self.halves = tx, halves_of(tx)
         self.values = values  # of which shapes are read only, where weights are in 8 bits
@@ -121,7 +121,7 @@ class Pass:
             new, state = update_and_apply(
                 self.tx,
                 self.parameters.of_layer(_scaled(grads, factor)),
-                self._state_of(slices),
+                self._state_of(slices, layer),
                 self.parameters.of_layer(as_seen(slices.params)),
                 implementation=self._implementation,
                 layer=layer,
@@ -179,7 +179,7 @@ class Pass:
         def visit(carried: Carried, layer: Any, slices: Stacks, grads: list[Any]) -> Carried:
             projected, state = self.halves.project(
                 self.parameters.of_layer(_scaled(grads, factor)),
-                self._state_of(slices),
+                self._state_of(slices, layer),
                 self.parameters.of_layer(as_seen(slices.params)),
                 layer=layer,
                 **asked,
@@ -221,7 +221,7 @@ class Pass:
             slices = stack.take_all_first(carried.stacks._replace(sums=sums.stacked), layer)
             new, state = self.halves.apply(
                 self.parameters.of_layer(_times(slices.sums, factor, seen.stacked)),
-                self._state_of(slices),
+                self._state_of(slices, layer),
                 self.parameters.of_layer(as_seen(slices.params)),
                 self._implementation,
                 layer=layer,
@@ -244,9 +244,12 @@ class Pass:
         stacks = Stacks(self.stacked, self.parts["layer"], list(sums))
         return Carried(stacks, shared, jnp.zeros((), jnp.float32))
 
-    def _state_of(self, slices: Stacks) -> Any:
-        # What layers share is as it was before the step: each layer's step is the same one.
-        return self.layout.whole({**self.parts, "layer": slices.state}, stack.State.LAYER)
+    def _state_of(self, slices: Stacks, layer: jax.Array) -> Any:
+        # What layers share is as it was before the step: each layer's step is the same one. Only
+        # what they draw is their own.
+        shared = [jax.tree.map(lambda x: stack.own_key(x, layer), x) for x in self.parts["all"]]
+        parts = {**self.parts, "layer": slices.state, "all": shared}
+        return self.layout.whole(parts, stack.State.LAYER)
 
     def _replaced(self, carried: Carried, layer: jax.Array, params: Any, state: Any) -> Carried:
         """Puts the results of a layer's step into their places."""

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from optax_gale.training import stack, weights
-from optax_gale.training.model import LayeredModel
-from optax_gale.transforms import storage, trees
+from optax_gale.training.model import LayeredModel, element
+from optax_gale.transforms import storage
 
 
 class Forward(NamedTuple):
@@ -60,10 +60,12 @@ class Walk:
 
         def head(rest: Any, x: Any) -> jax.Array:
             loss = self._model.head(rest, x, batch)
-            if jnp.shape(loss) or not jnp.issubdtype(loss.dtype, jnp.floating):
+            is_array = isinstance(loss, jax.Array)
+            if not is_array or loss.ndim or not jnp.issubdtype(loss.dtype, jnp.floating):
+                given = f"{loss.dtype} {loss.shape}" if is_array else type(loss).__name__
                 raise ValueError(
-                    "`head` must return the loss, a float scalar, got "
-                    f"{loss.dtype} {jnp.shape(loss)}."
+                    f"`head` must return the loss and nothing else, an array of one float: got "
+                    f"{given}."
                 )
             return loss
 
@@ -106,14 +108,14 @@ class Walk:
         (carried, dx), _ = jax.lax.scan(layer, (carried, forward.dx), steps, reverse=True)
         _, pull_back = jax.vjp(lambda rest: self._model.embed(rest, batch), self._rest)
         of_rest = jax.tree.map(jnp.add, forward.of_rest, pull_back(dx)[0])
-        return carried, jax.tree.leaves(of_rest, is_leaf=trees.is_box)
+        return carried, self._parameters.others_by_path(of_rest)
 
     def _values(self, stacked: Sequence[Any], i: jax.Array) -> Any:
         return weights.dequantize_weights(stack.take(stacked, i))
 
     def _run(self, leaves: Sequence[Any], x: Any, batch: Any, i: jax.Array) -> Any:
         """One layer, from slices of the stacked leaves."""
-        params = jax.tree.unflatten(self._treedef, [_element(leaf) for leaf in leaves])
+        params = jax.tree.unflatten(self._treedef, [element(leaf) for leaf in leaves])
         return self._model.block(params, x, batch, i)
 
     def _check(self, x: Any, stacked: Sequence[Any], batch: Any) -> None:
@@ -133,10 +135,3 @@ class Walk:
                 "`block` must return the shapes and dtypes of its input, so that layers can follow "
                 f"each other: got {out} for {form(x)}."
             )
-
-
-def _element(leaf: Any) -> Any:
-    """The parameter of one layer, in its box."""
-    box = leaf if trees.is_box(leaf) else None
-    names = trees.box_names(box)
-    return trees.rebox(box, trees.unbox(leaf)[0], None if names is None else names[1:])

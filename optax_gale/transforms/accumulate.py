@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from optax_gale.transforms import inner as inner_lib
+from optax_gale.transforms import trees
 from optax_gale.transforms.apply import (
     Halves,
     check_state,
@@ -105,7 +106,9 @@ def accumulate(
     def advance(state, grads, params, refresh, extra_args):
         """Adds a gradient; also returns whether a step is due, and the mean."""
         check_state(state, AccumulateState)
-        k = jnp.asarray(every(state.gradient_step), jnp.int32)
+        if params is not None:
+            trees.check_updates(grads, params)
+        k = _checked_k(every(state.gradient_step))
         projected, inner_state = halves.project(
             grads,
             state.inner_state,
@@ -181,8 +184,18 @@ def refuse_stateful_stages(halves: Halves, params: Any) -> None:
 def _checked_schedule(every_k: Any) -> Callable[[jax.Array], Any]:
     if callable(every_k):
         return every_k
-    if not isinstance(every_k, (int, np.integer)) or isinstance(every_k, bool):
-        raise TypeError(f"`every_k_schedule` must be an int or a callable, got {every_k!r}.")
-    if every_k < 1:
-        raise ValueError(f"`every_k_schedule` must be at least 1, got {every_k}.")
+    _checked_k(every_k)
     return lambda step: every_k
+
+
+def _checked_k(k: Any) -> jax.Array:
+    """A number of gradients; where it is traced, and less than 1, it counts as 1."""
+    value = None if k is None else np.asarray(k) if not isinstance(k, jax.Array) else k
+    is_integer = value is not None and jnp.issubdtype(value.dtype, jnp.integer) and not value.ndim
+    if not is_integer or isinstance(k, bool):
+        raise TypeError(
+            f"`every_k_schedule` must be an int, or a callable that returns one, got {k!r}."
+        )
+    if not isinstance(k, jax.core.Tracer) and k < 1:
+        raise ValueError(f"`every_k_schedule` must be at least 1, got {k}.")
+    return jnp.maximum(jnp.asarray(k, jnp.int32), 1)

@@ -17,7 +17,8 @@ class RangeFinder(Protocol):
 
     Called with ``x`` of shape ``(*batch, d, n)``, the projected side first, a rank, a key derived
     from (seed, leaf, step), and the projectors in use; returns ``(*batch, d, rank)`` with
-    orthonormal columns in float32.
+    orthonormal columns in float32. `optax_gale.layerwise` calls it for one layer of a stack at a
+    time, with the same key for each.
     """
 
     def __call__(

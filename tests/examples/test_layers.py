@@ -91,7 +91,7 @@ def test_pieces_have_the_loss_of_the_whole():
         ),
         (
             {"layerwise": True, "optimizer": "optax_galore", "rank": 4},
-            "optax_galore: ",
+            "does not take the step of a single layer",
         ),
     ],
 )

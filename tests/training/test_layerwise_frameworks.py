@@ -42,6 +42,7 @@ def test_boxed_parameters():
     model = optax_gale.LayeredModel(MODEL.embed, block, MODEL.head)
     tx = adamw()
     got = run(optax_gale.layerwise(model, tx).step, params, tx.init(params), 6)
+    model.loss(params, make_batch(0))
     assert set(seen) == {(None, "model")}
     assert got[0]["layers"]["kernel"].names == ("layers", None, "model")
 

@@ -200,6 +200,14 @@ def test_clipping_before_the_projection_bounds_every_gradient():
     np.testing.assert_allclose(got["bias"], -(0.5 + 0.1) / 2, rtol=1e-6)
 
 
+def test_no_schedule_divides_by_zero():
+    params = make_params()
+    tx = optax_gale.accumulate(optax.sgd(0.1), lambda step: 0 * step)
+    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    chex.assert_trees_all_close(updates, jax.tree.map(lambda x: -0.1 * x, params), rtol=1e-6)
+    assert int(state.gradient_step) == 1
+
+
 def test_a_schedule_of_k():
     params = make_params()
     tx = optax_gale.accumulate(OPTIMIZERS["adamw"](), lambda step: jnp.where(step < 2, 1, 3))
@@ -241,10 +249,15 @@ def test_donated_arrays_are_reused():
 def test_refusals():
     tx = OPTIMIZERS["adamw"]()
     params = make_params()
-    with pytest.raises(
-        TypeError, match=r"`every_k_schedule` must be an int or a callable, got 2.5"
-    ):
+    with pytest.raises(TypeError, match=r"`every_k_schedule` must be an int, or a call.*got 2.5"):
         optax_gale.accumulate(tx, 2.5)
+    for wrong in (None, 2.5):
+        every = optax_gale.accumulate(tx, lambda step, k=wrong: k)
+        with pytest.raises(TypeError, match=r"must be an int, or a callable that returns one"):
+            every.update(params, every.init(params), params)
+    sums = optax_gale.accumulate(optax.sgd(0.1), 2)
+    with pytest.raises(ValueError, match=r"The update of 'bias' has shape \(1,\).*\(16,\)"):
+        sums.update({**params, "bias": jnp.ones(1)}, sums.init(params), params)
     with pytest.raises(ValueError, match=r"`every_k_schedule` must be at least 1, got 0"):
         optax_gale.accumulate(tx, 0)
     with pytest.raises(

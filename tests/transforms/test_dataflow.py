@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from optax_gale.transforms.dataflow import dependences
+from optax_gale.transforms.dataflow import dependences, sources
 
 X = jnp.ones((2, 3))
 
@@ -61,3 +61,30 @@ def test_trees_shapes_and_traced_constants():
         return rate
 
     jax.jit(outer)(1.0)
+
+
+SOURCES = {
+    "itself": (lambda x, y, s: x, {0}),
+    "nothing": (lambda x, y, s: s + 1.0, set()),
+    "a shape": (lambda x, y, s: jnp.zeros_like(x), set()),
+    "a norm of both": (lambda x, y, s: x / jnp.sqrt(jnp.sum(x * x) + jnp.sum(y * y)), {0, 1}),
+    "a call": (lambda x, y, s: jax.jit(lambda a, b: a + b)(x, y), {0, 1}),
+    "one result of a call": (lambda x, y, s: jax.jit(lambda a, b: (2 * a, b))(x, y)[0], {0}),
+    "a conditional": (lambda x, y, s: jax.lax.cond(s[0, 0] > 0, lambda: x, lambda: y), {0, 1}),
+    "what a conditional depends on": (
+        lambda x, y, s: jax.lax.cond(y[0, 0] > 0, lambda: x, lambda: s),
+        {0, 1},
+    ),
+    "one result of a conditional": (
+        lambda x, y, s: jax.lax.cond(s[0, 0] > 0, lambda: (x, y), lambda: (s, s))[0],
+        {0},
+    ),
+    "a loop": (lambda x, y, s: jax.lax.fori_loop(0, 3, lambda _, z: z + y, x), {0, 1}),
+    "a constant from outside": (lambda x, y, s: x + X, {0}),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_sources(name):
+    function, expected = SOURCES[name]
+    assert sources(function, (X, X, X), (0, 1, None)) == [frozenset(expected)]
