@@ -27,7 +27,7 @@ from benchmarks.gpu.report import number
 from benchmarks.gpu.store import Row, Store, provenance, slug
 from examples.flax_llama.model import Llama
 from examples.flax_llama.sizes import get_size
-from examples.flax_llama.step import make_train_step, trace_init
+from examples.flax_llama.step import first_state, make_train_step
 from examples.flax_llama.tables import markdown
 
 KEY = ("size", "rank", "arm", "batch", "length")
@@ -95,7 +95,7 @@ def measure(config: Config, size: str, arm: Arm) -> Row:
         attention_backend=config.attention_backend,
     )
     tx = optax.with_extra_args_support(arm.make(RANKS[size]))
-    state = trace_init(model, tx, seed=0).lower().compile()()
+    state = first_state(model, tx, seed=0)
     step = make_train_step(model, tx, optax.constant_schedule(LEARNING_RATE))
     tokens = jax.random.randint(
         jax.random.key(1), (config.batch, config.length), 0, model.size.vocab_size, jnp.int32

@@ -121,17 +121,28 @@ class Checkpoints:
         if step is None:
             raise UserError(f"there is no checkpoint in {self._folder}")
         with self._reported("read"):
-            run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))[
-                "run"
-            ]
-            stored = f"the checkpoint in {self._folder}"
-            check_same_run(stored, self._settings, run["settings"])
-            shapes = _shapes(self._manager.item_metadata(step)["state"])
-            check_same_run(stored, _shapes(like), shapes)
+            run = self._checked(step, like)
             state = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
             )["state"]
         return state, Progress(run["position"], run["seconds"])
+
+    def check(self, like: TrainState) -> None:
+        """Raises what `restore` would, without reading the arrays; nothing without a checkpoint."""
+        if self.latest is not None:
+            with self._reported("read"):
+                self._checked(self.latest, like)
+
+    def _checked(self, step: int, like: TrainState) -> Any:
+        """What a checkpoint holds besides arrays, if it is of this run."""
+        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))[
+            "run"
+        ]
+        stored = f"the checkpoint in {self._folder}"
+        check_same_run(stored, self._settings, run["settings"])
+        shapes = _shapes(self._manager.item_metadata(step)["state"])
+        check_same_run(stored, _shapes(like), shapes)
+        return run
 
     def close(self) -> None:
         """Waits for the last save, and lets go of the folder."""

@@ -162,11 +162,16 @@ def _parse_record(line: bytes) -> Record | None:
 
 def peak_memory() -> int:
     """Peak memory in bytes: the accelerator's where it keeps count, else the process's."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
+    stats = device_memory()
+    if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_memory() -> dict[str, int]:
+    """What the accelerator's allocator counts: empty where it does not."""
+    return jax.local_devices()[0].memory_stats() or {}
 
 
 def human_bytes(n: float) -> str:

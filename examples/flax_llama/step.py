@@ -1,5 +1,6 @@
 """The two compiled functions: one optimizer step, and the loss of one validation batch."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -15,6 +16,10 @@ from examples.flax_llama.model import Llama, head_loss, next_token_loss, predict
 
 Batch = Mapping[str, Any]  # tokens (B, T) and mask (B, T), of JAX or of NumPy
 Metrics = dict[str, jax.Array]
+
+_PIECE = 2**27  # bytes that one program makes of the first state, unless a single array has more
+
+_PIECE = 2**27  # bytes that one program makes of the first state, unless a single array has more
 
 
 def check_backend(attention: str) -> None:
@@ -92,14 +97,72 @@ def trace_init(
     """Traces the making of the first state.
 
     Its weights depend on the model and the seed only. ``out_info`` of what is returned is the
-    state's shapes; ``lower().compile()()`` makes it.
+    state's shapes; ``lower().compile()()`` makes it, in one program. `first_state` needs less
+    memory.
     """
 
     def init() -> TrainState:
-        params = model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+        params = _initial_weights(model, seed)
         return TrainState(jnp.zeros((), jnp.int32), params, walk.init(tx, params))
 
     return jax.jit(init).trace()
+
+
+def first_state(
+    model: Llama, tx: optax.GradientTransformation, seed: int, walk: Walk = WHOLE
+) -> TrainState:
+    """Makes the state that `trace_init` describes, a few arrays at a time.
+
+    What a program needs besides its results, it needs on top of all of them: random bits take 32
+    bits a number, also for weights of 16. Made in pieces, the first state needs no more memory than
+    the steps that follow.
+    """
+    params = _in_pieces(functools.partial(_initial_weights, model, seed))
+    opt_state = _in_pieces(functools.partial(walk.init, tx), params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def _initial_weights(model: Llama, seed: int) -> Any:
+    return model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+def _in_pieces(make: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``make`` returns, by several programs that make a part of it each."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(jax.eval_shape(make, *arguments))
+    made: dict[int, jax.Array] = {}
+    for numbers in _pieces(paths):
+
+        def piece(*arguments: Any, numbers: list[int] = numbers) -> list[jax.Array]:
+            leaves = jax.tree.leaves(make(*arguments))
+            return [leaves[i] for i in numbers]
+
+        made |= zip(numbers, jax.jit(piece)(*arguments), strict=True)
+    return jax.tree.unflatten(structure, [made[i] for i in range(len(paths))])
+
+
+def _pieces(paths: Iterable[tuple[Any, jax.ShapeDtypeStruct]]) -> list[list[int]]:
+    """Numbers of the arrays that are made together.
+
+    Those that need most besides themselves come first, while little is there: the embedding and the
+    head, which are drawn at once, and not layer by layer.
+    """
+
+    def key(numbered: tuple[int, tuple[Any, jax.ShapeDtypeStruct]]) -> bool:
+        return any(getattr(k, "key", None) == "layers" for k in numbered[1][0])
+
+    pieces: list[list[int]] = []
+    room = 0
+    for i, (_, x) in sorted(enumerate(paths), key=key):
+        if not pieces or _bytes(x) > room:
+            pieces.append([])
+            room = _PIECE
+        pieces[-1].append(i)
+        room -= _bytes(x)
+    return pieces
+
+
+def _bytes(x: jax.ShapeDtypeStruct) -> int:
+    return x.size * x.dtype.itemsize
 
 
 def make_train_step(
@@ -227,16 +290,20 @@ class Evaluation(NamedTuple):
 
 
 def make_evaluate(
-    model: Llama, loss_chunks: int = 1
+    model: Llama, loss_chunks: int = 1, shapes: tuple[Any, Any] | None = None
 ) -> Callable[[Any, Iterable[Batch]], Evaluation]:
     """Builds ``evaluate(params, batches)``.
 
     The mean is over tokens, not over batches: sums and counts are added up before they are divided,
     in double precision, so that it is unbiased however uneven the batches are.
+
+    With the shapes of parameters and of a batch it is compiled here, otherwise at the first batch.
     """
-    batch_loss = jax.jit(
+    batch_loss: Callable[[Any, Batch], jax.Array] = jax.jit(
         lambda params, batch: jnp.stack(next_token_loss(model, params, batch, chunks=loss_chunks))
     )
+    if shapes is not None:
+        batch_loss = jax.jit(batch_loss).lower(*shapes).compile()
 
     def evaluate(params: Any, batches: Iterable[Batch]) -> Evaluation:
         sums = jax.device_get([batch_loss(params, batch) for batch in batches])

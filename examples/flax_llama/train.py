@@ -14,12 +14,17 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from examples.flax_llama import data, memory, optimizers, plots
+from examples.flax_llama import data, memory, optimizers, plots, step_memory
 from examples.flax_llama.checkpoint import Checkpoints, Progress
 from examples.flax_llama.config import TrainConfig, check_same_run
 from examples.flax_llama.errors import UserError, flag
 from examples.flax_llama.meter import DivergedError, Meter
-from examples.flax_llama.metrics import Display, MetricsLog, replace_text
+from examples.flax_llama.metrics import (
+    Display,
+    MetricsLog,
+    device_memory,
+    replace_text,
+)
 from examples.flax_llama.model import Llama
 from examples.flax_llama.prefetch import Prefetch
 from examples.flax_llama.sizes import count_params
@@ -28,6 +33,7 @@ from examples.flax_llama.step import (
     TrainState,
     Walk,
     check_backend,
+    first_state,
     make_evaluate,
     make_train_step,
     trace_init,
@@ -39,6 +45,10 @@ _IRRELEVANT = {
     *("host_refresh", "remat", "loss_chunks", "attention_backend"),
     *("path", "validation_path", "tokenizer", "cache_dir"),
 }
+
+
+# Tells which program takes a step, numbered from 1.
+Programs = Callable[[int], Callable[[TrainState, Any], Any]]
 
 
 class Result(NamedTuple):
@@ -138,7 +148,7 @@ class Trainer:
         self.shapes: TrainState = self.init.out_info
         self.memory = memory.breakdown(self.shapes.params, self.shapes.opt_state)
         memory.check_projects(config.optimizer, self.settings, self.memory)
-        self.evaluate = make_evaluate(self.model, config.model.loss_chunks)
+        self.held: int | None = None
         self.checkpoints: Checkpoints | None = None
 
     def run(self) -> Result:
@@ -149,13 +159,21 @@ class Trainer:
             self.checkpoints = Checkpoints(
                 self.config.folder, self.identity(), keep=output.keep_checkpoints
             )
+            self.checkpoints.check(self.shapes)
+        # Before anything is allocated: the compiler's trials would come on top of it.
+        self._say("Compiling.")
+        finished = self.checkpoints is not None and (self.checkpoints.latest or 0) >= self.steps
+        programs = None if finished else self._compile()
+        shapes = (self.shapes.params, self._batch_shapes())
+        self.evaluate = make_evaluate(self.model, self.config.model.loss_chunks, shapes)
         state, seconds = self._start()
         start = int(state.step)
         with closing(
             MetricsLog(self.config.folder, step=start, tensorboard=output.tensorboard)
         ) as log:
-            if start < self.steps:
-                state, seconds, evaluation = self._train(state, seconds, log)
+            if programs is not None:
+                state, seconds, evaluation = self._train(state, seconds, programs, log)
+                self._store_memory()
             else:
                 self._say(f"{self.config.folder} is finished: {start} steps. Validating only.")
                 evaluation = self.evaluate(state.params, self.validation)
@@ -193,19 +211,20 @@ class Trainer:
     def _start(self) -> tuple[TrainState, float]:
         """The state to start from and the seconds behind it; moves the data there."""
         if self.checkpoints is None or self.checkpoints.latest is None:
-            return self.init.lower().compile()(), 0.0
+            state = first_state(self.model, self.tx, self.config.training.seed, self.walk)
+            jax.block_until_ready(state)
+            self.held = device_memory().get("bytes_in_use")
+            return state, 0.0
         state, progress = self.checkpoints.restore(self.shapes)
         self.batches.set_state(progress.position)
         self._say(f"Going on from the checkpoint of step {int(state.step)}.")
         return state, progress.seconds
 
     def _train(
-        self, state: TrainState, seconds: float, log: MetricsLog
+        self, state: TrainState, seconds: float, programs: Programs, log: MetricsLog
     ) -> tuple[TrainState, float, Evaluation]:
         """The loop. Returns the last state, the seconds behind it and its validation."""
         start, output = int(state.step), self.config.output
-        self._say("Compiling.")
-        programs = self._compile(state)
         # The first run of a program may load cuDNN's graphs, which fails on a busy device.
         begun = set[Callable[..., Any]]()
         display = Display(self.console, steps=self.steps, start=start, bar=output.progress)
@@ -247,27 +266,27 @@ class Trainer:
                 meter.run()
         return state, meter.seconds, evaluation
 
-    def _compile(self, state: TrainState) -> Callable[[int], Callable[[TrainState, Any], Any]]:
-        """Compiles the step; the result tells which program takes a step, numbered from 1."""
+    def _compile(self) -> Programs:
+        """Compiles the step."""
         training = self.config.training
         schedule = optimizers.schedule(self.settings["learning_rate"], training)
         chunks = self.config.model.loss_chunks
         train_step = make_train_step(self.model, self.tx, schedule, chunks, self.walk)
-        shape = (training.batch_size, self.corpus.sequence_length)
-        batch = {
-            "tokens": jax.ShapeDtypeStruct(shape, jnp.int32),
-            "mask": jax.ShapeDtypeStruct(shape, jnp.bool_),
-        }
+        batch = self._batch_shapes()
         gap = self.settings["update_proj_gap"] if training.host_refresh else None
         refreshes = (None,) if gap is None else (True, False)
         with optimizers.refusals(self.config.optimizer):  # what cannot be walked layer by layer
-            lowered = {r: train_step.lower(state, batch, refresh=r) for r in refreshes}
+            lowered = {r: train_step.lower(self.shapes, batch, refresh=r) for r in refreshes}
         compiled = {r: step.compile() for r, step in lowered.items()}
 
         def program(step: int) -> Callable[[TrainState, Any], Any]:
             return compiled[None if gap is None else (step - 1) % gap == 0]
 
         return program
+
+    def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        shape = (self.config.training.batch_size, self.corpus.sequence_length)
+        return step_memory.batch_shapes(shape)
 
     def _validate(self, step: int, state: TrainState, log: MetricsLog) -> Evaluation:
         evaluation = self.evaluate(state.params, self.validation)
@@ -284,6 +303,18 @@ class Trainer:
     def _poll_checkpoints(self) -> None:
         if self.checkpoints is not None:
             self.checkpoints.poll()
+
+    def _store_memory(self) -> None:
+        """Writes what this process needed, which another that goes on will not."""
+        device = device_memory()  # empty where there is no count
+        needed = {
+            "device": jax.devices()[0].device_kind,
+            "limit_bytes": device.get("bytes_limit"),
+            "peak_bytes": device.get("peak_bytes_in_use"),
+            "first_state_bytes": self.held,
+            "weights_bytes": self.memory.weights,
+        }
+        replace_text(self.config.folder / "memory.json", json.dumps(needed, indent=2) + "\n")
 
     def _conclude(self, state: TrainState, seconds: float, evaluation: Evaluation) -> Result:
         """Writes and prints the results."""
@@ -339,5 +370,5 @@ def _clear(folder: Path) -> None:
     """Deletes what runs write into their folder, and nothing else."""
     for name in ("checkpoints", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "result.json", "report.png"):
+    for name in ("metrics.jsonl", "result.json", "memory.json", "report.png"):
         (folder / name).unlink(missing_ok=True)

@@ -39,9 +39,10 @@ class Rehearsal:
     def trace_init(self, *arguments):
         traced = step.trace_init(*arguments)
         self.shapes, self.first_state = traced.out_info, str(traced.jaxpr)
-        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes)
-        lowered = SimpleNamespace(compile=lambda: lambda: zeros)
-        return SimpleNamespace(out_info=self.shapes, lower=lambda: lowered)
+        return SimpleNamespace(out_info=self.shapes)
+
+    def make_first_state(self, *arguments):
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes)
 
     def make_train_step(self, model, tx, *arguments):
         real = step.make_train_step(model, tx, *arguments)
@@ -57,7 +58,7 @@ class Rehearsal:
         self.batches.append(batch["tokens"])
         return state, dict.fromkeys(("loss", "grad_norm", "learning_rate"), np.float32(1.0))
 
-    def make_evaluate(self, model, loss_chunks):
+    def make_evaluate(self, model, loss_chunks, shapes):
         self.evaluation_chunks = loss_chunks
         return lambda params, batches: Evaluation(1.0, 1)
 
@@ -76,6 +77,7 @@ def rehearse(corpus_folder, tmp_path_factory):
             patch.setitem(conftest.SIZES, "nano", conftest.NANO)
             for name in ("trace_init", "make_train_step", "make_evaluate"):
                 patch.setattr(train, name, getattr(rehearsal, name))
+            patch.setattr(train, "first_state", rehearsal.make_first_state)
             patch.setattr(train.plots, "plot_run", lambda *arguments: None)
             words = conftest.words(options, **{**defaults, **changes})
             assert cli.main(["train", *words]) == 0

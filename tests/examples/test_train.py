@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import conftest
+import jax
 import pytest
 
 from examples.flax_llama import cli
 from examples.flax_llama.metrics import read_records
+from examples.flax_llama.sizes import count_params
 
 STEPS = 200
 CHANGES = {
@@ -72,6 +74,10 @@ def test_a_run_leaves_everything_behind(whole):
     assert (whole / "report.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((whole / "result.json").read_text())
     assert result["loss"] == records(whole, "validation")[-1]["loss"]
+    memory = json.loads((whole / "memory.json").read_text())
+    counted = jax.local_devices()[0].memory_stats() is not None
+    assert (memory["peak_bytes"] is not None) == counted
+    assert memory["weights_bytes"] == 4 * count_params(conftest.NANO)
     assert result["tokens_per_second"] > 0 and result["optimizer_bytes"] > 0
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 
+import chex
 import conftest
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import optax_gale
+from examples.flax_llama import step
 from examples.flax_llama.errors import UserError
 from examples.flax_llama.memory import Breakdown
 from examples.flax_llama.meter import DivergedError, Meter
@@ -175,3 +178,27 @@ def test_memory_is_counted():
     assert peak_memory() > 2**20
     assert human_bytes(1536) == "1.50 KiB"
     assert human_bytes(5 * 2**40) == "5120.00 GiB"
+
+
+@pytest.mark.parametrize("piece", [2000, step._PIECE])
+def test_the_first_state_is_the_same_made_in_pieces(piece, monkeypatch):
+    monkeypatch.setattr(step, "_PIECE", piece)
+    model = Llama(conftest.NANO, param_dtype=jnp.bfloat16)
+    tx = optax_gale.gale_adamw(0.1, 4, state_dtype="int8", projector_dtype="int4")
+    arguments = (model, tx, 3, step.Walk(layerwise=True, clip_norm=1.0, clip="previous"))
+    wanted = step.trace_init(*arguments).lower().compile()()
+    found = step.first_state(*arguments)
+    chex.assert_trees_all_equal(found, wanted, strict=True)
+    assert len({x.unsafe_buffer_pointer() for x in jax.tree.leaves(found)}) == len(
+        jax.tree.leaves(found)
+    )  # to be donated
+
+
+def test_pieces_are_small_and_what_is_not_in_layers_comes_first():
+    shapes = {
+        "embed": jax.ShapeDtypeStruct((2**27,), jnp.bfloat16),
+        "layers": [jax.ShapeDtypeStruct((2**25,), jnp.bfloat16)] * 3,
+        "lm_head": jax.ShapeDtypeStruct((2**4,), jnp.bfloat16),
+    }
+    paths, _ = jax.tree_util.tree_flatten_with_path(shapes)
+    assert step._pieces(paths) == [[0], [4, 1], [2, 3]]
