@@ -34,8 +34,9 @@ class ModelOptions:
     attention). By default as many as those."""
     dtype: FloatName = "bfloat16"
     """Precision of the forward and backward pass."""
-    param_dtype: FloatName = "float32"
-    """Precision of the weights and gradients."""
+    param_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Precision of the weights and gradients. int8: the layers' matrices in 8 bits, rounded at
+    random; gradients and all other weights in bfloat16. Needs --layerwise."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     attention_backend: Literal["xla", "cudnn"] = "xla"
@@ -55,6 +56,16 @@ class ModelOptions:
         _positive("--loss-chunks", self.loss_chunks)
         if self.attention_backend == "cudnn" and self.dtype != "bfloat16":
             raise UserError("--attention-backend cudnn needs --dtype bfloat16")
+
+    @property
+    def in_8_bits(self) -> bool:
+        """Whether the layers' matrices are kept in 8 bits."""
+        return self.param_dtype == "int8"
+
+    @property
+    def float_dtype(self) -> FloatName:
+        """Precision of weights where they are used."""
+        return "bfloat16" if self.param_dtype == "int8" else self.param_dtype
 
     def shape(self) -> LlamaSize:
         """The model's shape, with the vocabulary that the size has by itself."""
@@ -326,6 +337,7 @@ class MemoryConfig:
                     raise UserError(f"--{name} is about the whole step: add --batch-size")
             return
         self.training().check()
+        check_in_8_bits(self.model, self.training())
         _positive("--sequence-length", self.sequence_length)
         _check_length(self.model, self.sequence_length)
         if self.picture is not None and self.picture.suffix not in _PICTURES:
@@ -343,10 +355,17 @@ class MemoryConfig:
         )
 
 
+def check_in_8_bits(model: ModelOptions, training: TrainingOptions) -> None:
+    """Raises `UserError` if weights in 8 bits would have to be there in full."""
+    if model.in_8_bits and not training.layerwise:
+        raise UserError("--param-dtype int8 reads weights layer by layer: add --layerwise True")
+
+
 def _check_run(config: TrainConfig | CompareConfig) -> None:
     config.model.check()
     config.training.check()
     config.output.check()
+    check_in_8_bits(config.model, config.training)
     if config.training.rounding != "nearest" and config.model.param_dtype == "float32":
         raise UserError("--rounding is for weights in half precision: add --param-dtype bfloat16")
     _check_length(config.model, config.data.sequence_length)

@@ -88,14 +88,14 @@ def run(config: MemoryConfig) -> str:
     model = Llama(
         size,
         dtype=jnp.dtype(config.model.dtype),
-        param_dtype=jnp.dtype(config.model.param_dtype),
+        param_dtype=jnp.dtype(config.model.float_dtype),
         remat=config.model.remat,
         attention_backend=config.model.attention_backend,
     )
     if config.batch_size is not None:
         check_backend(config.model.attention_backend)
     training = config.training()
-    walk = Walk.of(training)
+    walk = Walk.of(training, config.model)
     names = config.optimizers.split(",")
     rows, reports = [], []
     steps: dict[str, step_memory.StepMemory] = {}

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 
 import optax_gale
-from examples.flax_llama.config import TrainingOptions
+from examples.flax_llama.config import ModelOptions, TrainingOptions
 from examples.flax_llama.errors import UserError
 from examples.flax_llama.model import Llama, head_loss, next_token_loss, predicted
+from optax_gale.quantization import Quantized
 
 Batch = Mapping[str, Any]  # tokens (B, T) and mask (B, T), of JAX or of NumPy
 Metrics = dict[str, jax.Array]
@@ -64,28 +65,39 @@ class Walk(NamedTuple):
       clip_norm: global norm to which gradients are clipped in that case; 0: not at all. Otherwise
         the optimizer clips.
       clip: how the norm is known in time; see `optax_gale.layerwise`.
+      in_8_bits: whether the layers' matrices are kept in 8 bits.
+      seed: of the draws with which those are rounded.
     """
 
     micro_batches: int = 1
     layerwise: bool = False
     clip_norm: float = 0.0
     clip: Literal["hold", "two_pass", "previous"] = "hold"
+    in_8_bits: bool = False
+    seed: int = 0
 
     @classmethod
-    def of(cls, training: TrainingOptions) -> "Walk":
+    def of(cls, training: TrainingOptions, model: ModelOptions) -> "Walk":
         """What the options say."""
         return cls(
             training.micro_batches,
             training.layerwise,
             training.clip_norm if training.layerwise else 0.0,
             training.layerwise_clip,
+            model.in_8_bits,
+            training.seed,
         )
 
     def init(self, tx: optax.GradientTransformation, params: Any) -> Any:
         """The optimizer's state before the first step."""
+        params = optax_gale.dequantize_weights(params, jnp.float32)  # of which shapes are read
         if self.layerwise and self.clip_norm and self.clip == "previous":
             return optax_gale.LayerwiseState(tx.init(params), jnp.zeros((), jnp.float32))
         return tx.init(params)
+
+    def store(self, params: Any) -> Any:
+        """Weights as they are kept."""
+        return optax_gale.quantize_weights(params) if self.in_8_bits else params
 
 
 WHOLE = Walk()
@@ -102,7 +114,7 @@ def trace_init(
     """
 
     def init() -> TrainState:
-        params = _initial_weights(model, seed)
+        params = walk.store(_initial_weights(model, seed))
         return TrainState(jnp.zeros((), jnp.int32), params, walk.init(tx, params))
 
     return jax.jit(init).trace()
@@ -117,7 +129,7 @@ def first_state(
     bits a number, also for weights of 16. Made in pieces, the first state needs no more memory than
     the steps that follow.
     """
-    params = _in_pieces(functools.partial(_initial_weights, model, seed))
+    params = _in_pieces(lambda: walk.store(_initial_weights(model, seed)))
     opt_state = _in_pieces(functools.partial(walk.init, tx), params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
@@ -189,6 +201,8 @@ def make_train_step(
         count = jnp.sum(predicted(batch["mask"]))
         batch = {**batch, "weight": walk.micro_batches / jnp.maximum(count, 1.0)}
         extra: dict[str, Any] = {} if refresh is None else {"refresh": refresh}
+        if walk.in_8_bits:
+            extra["key"] = jax.random.fold_in(jax.random.key(walk.seed), state.step)
         params, opt_state, loss, norm = take(state.params, state.opt_state, batch, extra)
         metrics = {
             "loss": loss,
@@ -299,9 +313,16 @@ def make_evaluate(
 
     With the shapes of parameters and of a batch it is compiled here, otherwise at the first batch.
     """
-    batch_loss: Callable[[Any, Batch], jax.Array] = jax.jit(
-        lambda params, batch: jnp.stack(next_token_loss(model, params, batch, chunks=loss_chunks))
-    )
+
+    def sums(params: Any, batch: Batch) -> jax.Array:
+        leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
+        if not any(isinstance(x, Quantized) for x in leaves):
+            return jnp.stack(next_token_loss(model, params, batch, chunks=loss_chunks))
+        # Layer by layer: in full they might not fit.
+        total = layered(model, loss_chunks).loss(params, {**batch, "weight": jnp.float32(1)})
+        return jnp.stack([total, jnp.sum(predicted(batch["mask"]))])
+
+    batch_loss: Callable[[Any, Batch], jax.Array] = jax.jit(sums)
     if shapes is not None:
         batch_loss = jax.jit(batch_loss).lower(*shapes).compile()
 

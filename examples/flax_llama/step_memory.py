@@ -68,7 +68,7 @@ def measure(
                 (n, config.sequence_length),
                 loss_chunks=config.model.loss_chunks,
                 budget=config.budget,
-                walk=Walk.of(config.training(n)),
+                walk=Walk.of(config.training(n), config.model),
             )
         return reports[n]
 

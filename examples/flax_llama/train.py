@@ -138,12 +138,12 @@ class Trainer:
         self.model = Llama(
             self.size,
             dtype=jnp.dtype(config.model.dtype),
-            param_dtype=jnp.dtype(config.model.param_dtype),
+            param_dtype=jnp.dtype(config.model.float_dtype),
             remat=config.model.remat,
             attention_backend=config.model.attention_backend,
         )
         with optimizers.refusals(config.optimizer):
-            self.walk = Walk.of(config.training)
+            self.walk = Walk.of(config.training, config.model)
             self.init = trace_init(self.model, self.tx, config.training.seed, self.walk)
         self.shapes: TrainState = self.init.out_info
         self.memory = memory.breakdown(self.shapes.params, self.shapes.opt_state)

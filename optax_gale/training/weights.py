@@ -1,5 +1,6 @@
 """Weights in 8 bits: what holds them, and what they stand for."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,6 +92,7 @@ def like(old: Sequence[Any], new: Sequence[Any], paths: Sequence[str], key: Any)
         if storage.is_quantized(x):
             own = trees.fold_in_path(key, path)
             value = trees.unbox(y).astype(jnp.float32)
-            y = storage.boxed_as(x, storage.quantized_as(storage.unboxed(x), value, own))
+            q = storage.quantized_as(storage.unboxed(x), value, own)
+            y = storage.boxed_as(x, dataclasses.replace(q, dtype=x.dtype))
         out.append(y)
     return out

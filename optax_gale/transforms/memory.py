@@ -147,7 +147,11 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
       True
       >>> print(report)  # doctest: +SKIP
     """
-    params = jax.tree.map(_shape_of, params)
+    weights = [
+        storage.nbytes(jax.tree.map(_shape_of, x))
+        for x in jax.tree.leaves(params, is_leaf=storage.is_stored)
+    ]
+    params = _as_seen(params)
     with selection.recorded_choices() as recorded:
         # A function of its own, since a cached trace would record nothing.
         state = jax.eval_shape(lambda p: tx.init(p), params)
@@ -160,11 +164,11 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
                 leaf.path,
                 tuple(leaf.value.shape),
                 decisions.get(leaf.path, "full rank"),
-                storage.nbytes(leaf.value),
+                w,
                 m,
                 p,
             )
-            for leaf, m, p in zip(leaves, moments, projectors, strict=True)
+            for leaf, w, m, p in zip(leaves, weights, moments, projectors, strict=True)
         ),
         other,
     )
@@ -181,6 +185,7 @@ def owned(state: Any, params: Any) -> tuple[list[int], list[int], int]:
       Bytes of every parameter's state without its projector, bytes of its projector, both in the
       order of ``trees.flatten(params)``, and bytes that belong to no parameter.
     """
+    params = _as_seen(params)
     leaves, _ = trees.flatten(params)
     paths = trees.key_paths(params)
     longest_first = sorted(range(len(paths)), key=lambda i: -len(paths[i]))
@@ -198,6 +203,17 @@ def owned(state: Any, params: Any) -> tuple[list[int], list[int], int]:
         else:
             moments[owner] += size
     return moments, projectors, other
+
+
+def _as_seen(params: Any) -> Any:
+    """Shapes of the parameters as an optimizer sees them: float32 where they are in 8 bits."""
+
+    def shape(x: Any) -> Any:
+        if storage.is_quantized(x):
+            return jax.ShapeDtypeStruct(storage.unboxed(x).shape, jax.numpy.float32)
+        return _shape_of(x)
+
+    return jax.tree.map(shape, params, is_leaf=storage.is_quantized)
 
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:

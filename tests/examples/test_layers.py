@@ -1,5 +1,7 @@
 """The model layer by layer and in micro-batches trains as it does whole."""
 
+import dataclasses
+
 import chex
 import conftest
 import jax
@@ -10,9 +12,16 @@ import pytest
 
 import optax_gale
 from examples.flax_llama import cli, optimizers
-from examples.flax_llama.config import OptimizerOptions, TrainingOptions
+from examples.flax_llama.config import ModelOptions, OptimizerOptions, TrainingOptions
 from examples.flax_llama.model import Llama, next_token_loss
-from examples.flax_llama.step import WHOLE, Walk, layered, make_train_step, trace_init
+from examples.flax_llama.step import (
+    WHOLE,
+    Walk,
+    first_state,
+    layered,
+    make_evaluate,
+    make_train_step,
+)
 from optax_gale import LayerwiseState
 
 TIED = conftest.LlamaSize(300, hidden=16, intermediate=24, layers=2, heads=2, kv_heads=1, tied=True)
@@ -27,7 +36,7 @@ def batch(seed):
 
 def train(tx, walk=WHOLE, size=conftest.NANO, chunks=1, steps=4):
     model = Llama(size)
-    state = trace_init(model, tx, 0, walk).lower().compile()()
+    state = first_state(model, tx, 0, walk)
     step = make_train_step(model, tx, optax.constant_schedule(1.0), chunks, walk)
     history = []
     for i in range(steps):
@@ -60,14 +69,14 @@ def test_the_options_arrive():
     training = TrainingOptions(
         batch_size=4, layerwise=True, clip_norm=0.3, layerwise_clip="previous"
     )
-    walk = Walk.of(training)
+    walk = Walk.of(training, ModelOptions())
     assert walk == Walk(1, True, 0.3, "previous")
     settings = optimizers.resolve("sgd", OptimizerOptions(), conftest.NANO, 4)
     tx = optimizers.build("sgd", settings, training)
     state, history = train(tx, walk)
     assert isinstance(state.opt_state, LayerwiseState)
     np.testing.assert_allclose(state.opt_state.grad_norm, history[-1]["grad_norm"])
-    whole = Walk.of(TrainingOptions(batch_size=4, micro_batches=2, clip_norm=0.3))
+    whole = Walk.of(TrainingOptions(batch_size=4, micro_batches=2, clip_norm=0.3), ModelOptions())
     assert whole == Walk(2, False, 0.0, "hold")
 
 
@@ -84,6 +93,10 @@ def test_pieces_have_the_loss_of_the_whole():
     [
         ({"micro_batches": 3}, "--micro-batches 3 must divide --batch-size 4"),
         ({"micro_batches": 0}, "--micro-batches must be at least 1, got 0"),
+        (
+            {"param_dtype": "int8"},
+            "--param-dtype int8 reads weights layer by layer: add --layerwise",
+        ),
         ({"layerwise_clip": "previous"}, "--layerwise-clip is for --layerwise True"),
         (
             {"layerwise": True, "optimizer": "gale_adamw", "rank": 4, "residual": "fira"},
@@ -103,12 +116,38 @@ def test_refused_in_one_line(changes, message, nano, tmp_path, capsys):
     assert len(error.strip().splitlines()) == 1
 
 
+def test_weights_in_8_bits():
+    """They begin as the others do, train like them, and are validated as what they stand for."""
+    training = TrainingOptions(batch_size=4, layerwise=True)
+    narrow = Walk.of(training, ModelOptions(param_dtype="int8"))
+    wide = Walk.of(training, ModelOptions())
+    tx, size = optax.sgd(0.1), dataclasses.replace(conftest.NANO, hidden=32)
+    assert narrow.in_8_bits and not wide.in_8_bits
+    state, history = train(tx, narrow, size)
+    _, wanted = train(tx, wide, size)
+    codes = [x for x in jax.tree.leaves(state.params) if x.dtype == jnp.int8]
+    assert len(codes) == 7
+    for got, other in zip(history, wanted, strict=True):
+        np.testing.assert_allclose(got["loss"], other["loss"], rtol=0.01)
+    model = Llama(size)
+    evaluate = make_evaluate(model)
+    full = optax_gale.dequantize_weights(state.params)
+    got, other = evaluate(state.params, [batch(9)]), evaluate(full, [batch(9)])
+    assert got.tokens == other.tokens
+    np.testing.assert_allclose(got.loss, other.loss, rtol=1e-5)
+
+
 def test_a_run_layer_by_layer(nano, tmp_path, capsys):
     options = {"optimizer": "gale_adamw", "rank": 4, "steps": 6, "eval_every": 0}
     results = []
     for name, changes in {
         "whole": {},
-        "layers": {"layerwise": True, "micro_batches": 2, "state_dtype": "int8"},
+        "layers": {
+            "layerwise": True,
+            "micro_batches": 2,
+            "state_dtype": "int8",
+            "param_dtype": "int8",
+        },
     }.items():
         words = conftest.words(nano, **options, **changes, out=tmp_path / name)
         assert cli.main(["train", *words]) == 0

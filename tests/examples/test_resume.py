@@ -11,7 +11,7 @@ import pytest
 
 from examples.flax_llama import optimizers
 from examples.flax_llama.checkpoint import Checkpoints, Progress
-from examples.flax_llama.config import OptimizerOptions, TrainingOptions
+from examples.flax_llama.config import ModelOptions, OptimizerOptions, TrainingOptions
 from examples.flax_llama.model import Llama
 from examples.flax_llama.step import Walk, make_train_step, trace_init
 
@@ -20,6 +20,7 @@ COMBINATIONS = [
     *itertools.product((False, True), repeat=4),
     (True, True, False, "previous"),
     (True, True, True, "two_pass"),
+    (True, True, False, "weights"),
 ]
 
 
@@ -35,7 +36,7 @@ def test_goes_on_exactly(int8, int4, micro_batches, layerwise, tmp_path):
         batch_size=4,
         micro_batches=2 if micro_batches else 1,
         layerwise=bool(layerwise),
-        layerwise_clip=layerwise if isinstance(layerwise, str) else "hold",
+        layerwise_clip=layerwise if layerwise in ("previous", "two_pass") else "hold",
     )
     training.check()
     options = OptimizerOptions(
@@ -48,7 +49,8 @@ def test_goes_on_exactly(int8, int4, micro_batches, layerwise, tmp_path):
     )
     settings = optimizers.resolve("gale_adamw", options, conftest.NANO, STEPS)
     tx = optimizers.build("gale_adamw", settings, training)
-    model, walk = Llama(conftest.NANO), Walk.of(training)
+    weights = ModelOptions(param_dtype="int8" if layerwise == "weights" else "float32")
+    model, walk = Llama(conftest.NANO), Walk.of(training, weights)
     init = trace_init(model, tx, 0, walk)
     schedule = optimizers.schedule(settings["learning_rate"], training)
     state = init.lower().compile()()

@@ -12,7 +12,8 @@ import optax
 import pytest
 
 import optax_gale
-from tests.training.conftest import LAYERS, MODEL, WIDTH, make_batch, make_params, tied_head
+
+from .models import LAYERS, MODEL, WIDTH, make_batch, make_params, tied_head
 
 SCHEDULE = optax.warmup_cosine_decay_schedule(1e-3, 1e-2, 3, 20)
 

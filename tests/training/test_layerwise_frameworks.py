@@ -8,8 +8,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_gale
-from tests.training.conftest import MODEL, make_batch, make_params
-from tests.training.test_layerwise import adamw, assert_same, ordinary, run
+
+from .models import MODEL, make_batch, make_params
+from .test_layerwise import adamw, assert_same, ordinary, run
 
 
 def test_boxed_parameters():

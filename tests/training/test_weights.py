@@ -12,8 +12,9 @@ import pytest
 
 import optax_gale
 from optax_gale.quantization import Quantized
-from tests.training.conftest import MODEL, WIDTH, make_batch, make_params
-from tests.training.test_layerwise import adamw, nbytes
+
+from .models import MODEL, WIDTH, make_batch, make_params
+from .test_layerwise import adamw, nbytes
 
 
 def in_8_bits(dtype=jnp.float32, layers=3):
@@ -107,6 +108,14 @@ def test_small_updates_are_not_lost():
     np.testing.assert_allclose(moved[..., 1:].mean(), 0.01, rtol=0.1)
     layers = np.asarray(q["layers"]["kernel"].codes)
     assert (layers[0] != layers[1]).any()  # each layer has draws of its own
+
+
+def test_half_precision_stays_what_they_stand_for():
+    q, tx = in_8_bits(jnp.bfloat16), optax.sgd(0.1)
+    train = optax_gale.layerwise(MODEL, tx)
+    new, _, _ = jax.jit(train.step)(q, train.init(q), make_batch(0), key=jax.random.key(0))
+    chex.assert_trees_all_equal_structs(new, q)
+    assert optax_gale.dequantize_weights(new)["layers"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
 
 
 def test_draws_repeat_and_steps_need_a_key():

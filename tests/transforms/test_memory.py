@@ -195,3 +195,15 @@ def test_a_parameter_may_be_called_projector():
 
     report = optax_gale.memory_report(optax.adamw(0.1), Params(jnp.ones((4, 4))))
     assert (report.projectors, report.moments) == (0, 2 * 4 * 16)
+
+
+def test_weights_in_8_bits():
+    """They take the bytes of their codes and scales; to the optimizer they are float32."""
+    params = {"layers": {"up": jax.ShapeDtypeStruct((2, 512, 1024), jnp.bfloat16)}}
+    small = jax.eval_shape(optax_gale.quantize_weights, params)
+    tx = optax_gale.gale_adamw(1e-3, 128)
+    (leaf,) = optax_gale.memory_report(tx, small).leaves
+    assert leaf.path == "layers/up" and leaf.weights == 2 * 512 * 1024 + 4 * 2 * 512 * 4
+    wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
+    (wanted,) = optax_gale.memory_report(tx, wide).leaves
+    assert (leaf.moments, leaf.projectors) == (wanted.moments, wanted.projectors)
