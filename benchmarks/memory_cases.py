@@ -68,6 +68,7 @@ BIG = "7b, r = 1024, 8-bit states"
 BIG_4 = "7b, r = 1024, 8-bit states, 4-bit projectors"
 LONG = "7b, r = 128, bf16 states, 1 × 2048"
 SMALL = "7b, r = 128, 8-bit states, 4-bit projectors, 1 × 256"
+SMALLEST = "7b, 8-bit weights, r = 128, 8-bit states, 4-bit projectors, 1 × 256"
 THIRTEEN = "13b, r = 256, 8-bit states"
 ADAMW = "7b, AdamW, bf16 states"
 LAYERS_SPEED = "7b, r = 128, layer by layer"
@@ -77,8 +78,7 @@ SMALL_MODEL = "60m, float32 states"
 SMALL_MODEL_8 = "60m, 8-bit states"
 SMALL_MODEL_LAYERS = "60m, float32 states, layer by layer"
 
-# What matters most comes first. A case with weights in 8 bits is one more line, and so is its line
-# in `CHECKS`.
+# What matters most comes first.
 CASES: dict[str, Case] = {
     BIG: Case({**_7B, **_LAYERS, **_8BIT, "rank": 1024}, 50, 24, limit=24, measures_peak=True),
     LONG: Case(
@@ -96,6 +96,14 @@ CASES: dict[str, Case] = {
         },
         8,
         needs=15,
+    ),
+    SMALLEST: Case(
+        {
+            **{**_7B, **_LAYERS, "rank": 128, "batch-size": 1, "param-dtype": "int8"},
+            **{"state-dtype": "int8", "projector-dtype": "int4"},
+        },
+        8,
+        needs=12,
     ),
     THIRTEEN: Case({**_7B, **_LAYERS, **_8BIT, "size": "13b", "rank": 256}, 20, 32, limit=32),
     # Of steps that do not refresh: the first does, and is not timed.

@@ -39,6 +39,7 @@ from benchmarks.memory_cases import (
     SMALL_MODEL,
     SMALL_MODEL_8,
     SMALL_MODEL_LAYERS,
+    SMALLEST,
     THIRTEEN,
     WHOLE_SPEED,
     Options,
@@ -280,6 +281,7 @@ CHECKS = (
     _peak_check(BIG, 19.5),
     _peak_check(LONG, 16.0),
     _peak_check(SMALL, 14.5),
+    _peak_check(SMALLEST, 10.0),
     Check(
         f"{THIRTEEN}: within 32 GiB", "trains, the loss falls", lambda rows: _trains(rows, THIRTEEN)
     ),
