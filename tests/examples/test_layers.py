@@ -135,21 +135,3 @@ def test_weights_in_8_bits():
     got, other = evaluate(state.params, [batch(9)]), evaluate(full, [batch(9)])
     assert got.tokens == other.tokens
     np.testing.assert_allclose(got.loss, other.loss, rtol=1e-5)
-
-
-def test_a_run_layer_by_layer(nano, tmp_path, capsys):
-    options = {"optimizer": "gale_adamw", "rank": 4, "steps": 6, "eval_every": 0}
-    results = []
-    for name, changes in {
-        "whole": {},
-        "layers": {
-            "layerwise": True,
-            "micro_batches": 2,
-            "state_dtype": "int8",
-            "param_dtype": "int8",
-        },
-    }.items():
-        words = conftest.words(nano, **options, **changes, out=tmp_path / name)
-        assert cli.main(["train", *words]) == 0
-        results.append((tmp_path / name / "result.json").read_text())
-    assert '"--layerwise": true' in results[1] and '"--layerwise": false' in results[0]

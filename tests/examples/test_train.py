@@ -112,10 +112,10 @@ def test_killed_and_started_again_gives_the_same_numbers(
     assert records(tmp_path, "validation") == records(whole, "validation")
 
 
-def test_quantised_states_and_projectors_go_on_bit_for_bit(nano, tmp_path, capsys):
+def test_everything_that_saves_memory_goes_on_bit_for_bit(nano, tmp_path, capsys):
     words = conftest.words(
         nano, optimizer="gale_adamw", rank=4, update_proj_gap=4, state_dtype="int8",
-        projector_dtype="int4", out=tmp_path,
+        projector_dtype="int4", layerwise=True, micro_batches=2, param_dtype="int8", out=tmp_path,
     )  # fmt: skip
     train(*words)
     through = [records(tmp_path, kind) for kind in ("train", "validation")]

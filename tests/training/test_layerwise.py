@@ -52,9 +52,6 @@ OPTIMIZERS = {
         update_proj_gap=5,
     ),
     "kahan": lambda: optax_gale.kahan_summation(adamw(state_dtype="float32")),
-    "injected": lambda: optax.inject_hyperparams(optax_gale.gale_adamw)(
-        SCHEDULE, rank=4, update_proj_gap=5
-    ),
     "optax.adamw": lambda: optax.adamw(SCHEDULE, weight_decay=0.1),
     "partition": lambda: optax.partition(
         {"matrix": adamw(), "other": optax.sgd(SCHEDULE, 0.9)},
@@ -213,7 +210,6 @@ def test_the_host_may_choose_the_refresh(refresh):
         ("8 bits", "hold"),
         ("kahan", "two_pass"),
         ("chain", "two_pass"),
-        ("optax.adamw", "hold"),
     ],
 )
 def test_exact_clipping_is_that_of_the_ordinary_step(name, clip):
