@@ -10,6 +10,7 @@ import optax
 from optax_gale.pallas import Implementation
 from optax_gale.training import stack, weights
 from optax_gale.training.model import LayeredModel
+from optax_gale.training.separable import check_separable
 from optax_gale.training.walk import Forward, Walk
 from optax_gale.transforms import trees
 from optax_gale.transforms.accumulate import refuse_stateful_stages, zero_sums
@@ -81,7 +82,7 @@ class Pass:
         model.split(params)  # raises where there is no stack
         self.parameters = stack.Parameters(params, model.keys)
         self.walk = Walk(model, params, self.parameters)
-        stack.check_separable(tx, values, state, self.parameters, extra_args)
+        check_separable(tx, values, state, self.parameters, extra_args)
         self.layout = stack.State(state, self.parameters)
         self.tx, self.halves = tx, halves_of(tx)
         self.values = values  # of which shapes are read only, where weights are in 8 bits
