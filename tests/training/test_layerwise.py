@@ -93,7 +93,7 @@ def assert_same(got, wanted, atol=2e-6):
     chex.assert_trees_all_close(floats(got[1]), floats(wanted[1]), atol=10 * atol, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "kahan"])
 def test_is_the_ordinary_step(name):
     tx, params = OPTIMIZERS[name](), make_params()
     train = optax_gale.layerwise(MODEL, tx)
@@ -207,7 +207,6 @@ def test_the_host_may_choose_the_refresh(refresh):
     ("name", "clip"),
     [
         ("gale_adamw", "hold"),
-        ("8 bits", "hold"),
         ("kahan", "two_pass"),
         ("chain", "two_pass"),
     ],
@@ -264,10 +263,8 @@ def mean_step(tx, count, clip_norm=None):
     [
         ("gale", None),
         ("gale", "hold"),
-        ("gale", "two_pass"),
         ("8 bits", "hold"),
         ("kahan", None),
-        ("optax.adamw", "hold"),
     ],
 )
 def test_micro_batches_take_one_step_for_the_mean(name, clip):
@@ -275,7 +272,6 @@ def test_micro_batches_take_one_step_for_the_mean(name, clip):
         "gale": lambda: adamw(range_finder=fixed),
         "8 bits": lambda: adamw(range_finder=fixed, state_dtype="int8", projector_dtype="int4"),
         "kahan": lambda: optax_gale.kahan_summation(adamw(range_finder=fixed)),
-        "optax.adamw": OPTIMIZERS["optax.adamw"],
     }
     tx, params = inner[name](), make_params()
     options = {} if clip is None else {"clip_norm": 1.0, "clip": clip}
