@@ -20,8 +20,6 @@ Metrics = dict[str, jax.Array]
 
 _PIECE = 2**27  # bytes that one program makes of the first state, unless a single array has more
 
-_PIECE = 2**27  # bytes that one program makes of the first state, unless a single array has more
-
 
 def check_backend(attention: str) -> None:
     """Refuses the fused attention where it cannot run.

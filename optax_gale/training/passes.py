@@ -259,9 +259,10 @@ class Pass:
             state=stack.put(carried.stacks.state, parts["layer"], layer)
         )
         if params is not None:
-            old, paths = stack.take(stacks.params, layer), self.parameters.stacked_paths
             key = None if self._key is None else jax.random.fold_in(self._key, layer)
-            new = weights.like(old, jax.tree.leaves(params, is_leaf=trees.is_box), paths, key)
+            new = jax.tree.leaves(params, is_leaf=trees.is_box)
+            # Of the old ones only how they are stored is asked.
+            new = weights.like(stacks.params, new, self.parameters.stacked_paths, key)
             stacks = stacks._replace(params=stack.put(stacks.params, new, layer))
         shared = {kind: parts[kind] for kind in carried.shared}
         return carried._replace(stacks=stacks, shared=alike(shared, carried.shared))
