@@ -10,7 +10,7 @@ import importlib.util
 import linecache
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -224,6 +224,29 @@ def _bits(x: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type(x.astype(jnp.int32), jnp.float32)
 
 
+def jit_for(*made_for: Any) -> Callable[[Any], Any]:
+    """`triton.jit` for functions of one source that are made for different problems.
+
+    Where the types of their arguments agree, Triton knows the functions of a launch by their names,
+    and would run the first one for all.
+
+    Args:
+      made_for: what the function refers to; it becomes a part of the name.
+
+    Returns:
+      The decorator.
+    """
+    import triton
+
+    mark = f"{zlib.crc32(repr(made_for).encode()):08x}"
+
+    def decorate(function: Any) -> Any:
+        function.__qualname__ = f"{function.__qualname__}_{mark}"
+        return triton.jit(function)
+
+    return decorate
+
+
 def compiled(name: str, source: str, names: Mapping[str, Any]) -> Any:
     """Makes a function for Triton to compile.
 
@@ -235,7 +258,6 @@ def compiled(name: str, source: str, names: Mapping[str, Any]) -> Any:
     Returns:
       The Triton function.
     """
-    import triton
     import triton.language as tl
 
     # Triton reads the text back through `inspect`, which looks here.
@@ -243,7 +265,8 @@ def compiled(name: str, source: str, names: Mapping[str, Any]) -> Any:
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     space: dict[str, Any] = {"tl": tl, "__name__": __name__, **names}
     exec(compile(source, file, "exec"), space)
-    return triton.jit(space[name])
+    used = {k: x.fn.__qualname__ for k, x in names.items() if hasattr(x, "fn")}
+    return jit_for(source, used)(space[name])
 
 
 @functools.cache

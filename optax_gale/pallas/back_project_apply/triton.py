@@ -126,9 +126,9 @@ def _tiles(problem: Problem, tile: Tile) -> tuple[int, int, int]:
 @functools.cache
 def _body(problem: Problem, tile: Tile, transposed: bool, tall: int, wide: int) -> Any:
     """What a program does, for `_triton.call`."""
-    import triton
     import triton.language as tl
 
+    jit = _triton.jit_for(problem, tile, transposed, tall, wide)
     period, vector = _triton.alignment(problem.m, problem.n, problem.dtype)
     BY_ROWS = tl.constexpr(problem.rows)
     M, N, R = (tl.constexpr(x) for x in (problem.m, problem.n, problem.rank))
@@ -145,14 +145,14 @@ def _body(problem: Problem, tile: Tile, transposed: bool, tall: int, wide: int) 
     )
     EVEN_R = tl.constexpr(problem.rank % tile.depth == 0)
 
-    @triton.jit
+    @jit
     def factors(projector, update):
         if BY_ROWS:
             return projector, update
         else:
             return update, projector
 
-    @triton.jit
+    @jit
     def load_left(left, row, k):
         cells = left + row[:, None] * R + k[None, :]
         if EVEN_R:
@@ -160,7 +160,7 @@ def _body(problem: Problem, tile: Tile, transposed: bool, tall: int, wide: int) 
         else:
             return tl.load(cells, mask=(k < R)[None, :], other=0.0)
 
-    @triton.jit
+    @jit
     def load_right(right, column, k):
         # Columns outside the matrix give anything: they are not stored.
         if TRANSPOSED:
@@ -177,7 +177,7 @@ def _body(problem: Problem, tile: Tile, transposed: bool, tall: int, wide: int) 
             else:
                 return tl.load(cells, mask=(k < R)[:, None] & (column < N)[None, :], other=0.0)
 
-    @triton.jit
+    @jit
     def load_weight(cells, row, j, shift):
         if PERIOD == 1 and EVEN_M and EVEN_N:
             return tl.load(cells)
@@ -187,7 +187,7 @@ def _body(problem: Problem, tile: Tile, transposed: bool, tall: int, wide: int) 
             end = tl.cdiv(shift + N, VECTOR) * VECTOR
             return tl.load(cells, mask=(row < ROWS)[:, None] & (place < end)[None, :])
 
-    @triton.jit
+    @jit
     def store_weight(cells, old, step, scale, decay, row, j, shift):
         wide = old.to(tl.float32)
         new = (wide + decay * wide + scale * step).to(old.dtype)
@@ -206,7 +206,7 @@ def _body(problem: Problem, tile: Tile, transposed: bool, tall: int, wide: int) 
                 rest = (place >= shift) & (place < shift + N) & ~full
                 tl.store(cells, new, mask=(row < ROWS)[:, None] & rest[None, :])
 
-    @triton.jit
+    @jit
     def one_tile(projector, update, results, numbers, program):
         left, right = factors(projector, update)
         matrix = (program // (TALL * WIDE)).to(tl.int64)
@@ -241,7 +241,7 @@ def _body(problem: Problem, tile: Tile, transposed: bool, tall: int, wide: int) 
             step = tl.dot(a, b, step, input_precision="ieee")
         store_weight(cells, old, step, scale, decay, row, j, shift)
 
-    @triton.jit
+    @jit
     def one_panel(projector, update, results, numbers, program):
         left, right = factors(projector, update)
         matrix = (program // (WALKS * WIDE)).to(tl.int64)

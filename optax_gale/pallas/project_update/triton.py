@@ -166,10 +166,10 @@ def _body(
     finish_source: str,
 ) -> Any:
     """What a program does, for `_triton.call`."""
-    import triton
     import triton.language as tl
     from triton.language.extra import libdevice
 
+    jit = _triton.jit_for(problem, tile, tall, wide, stride, inner_source, finish_source)
     period, vector = _triton.alignment(problem.m, problem.n, problem.dtype)
     M, N, R = (tl.constexpr(x) for x in (problem.m, problem.n, problem.rank))
     SIDE, RANK, DEPTH = (tl.constexpr(x) for x in tile[:3])
@@ -184,7 +184,7 @@ def _body(
     inner = _triton.compiled("inner", inner_source, {"libdevice": libdevice})
     finish = _triton.compiled("finish", finish_source, {"inner": inner})
 
-    @triton.jit
+    @jit
     def finish_parts(
         part,
         base,
@@ -213,7 +213,7 @@ def _body(
             finish_parts(a, base, line, lines, first, end, numbers, results, HALF, MORE)
             finish_parts(b, base, line, lines, first + HALF, end, numbers, results, HALF, MORE)
 
-    @triton.jit
+    @jit
     def project_rows(projector, gradient, results, numbers, program):
         # Tiles that read the same columns of G run together.
         matrix = (program // (TALL * WIDE)).to(tl.int64)
@@ -244,7 +244,7 @@ def _body(
         line = tl.arange(0, RANK) * N
         finish_parts(tile, base, line, r < R, j * SIDE, N, numbers, results, SIDE, PARTS)
 
-    @triton.jit
+    @jit
     def edge_step(tile, p_cells, g_cells, r, step, shift):
         # Full vectors of G hold elements of the neighbouring rows too, which must not count.
         place = step * DEPTH + tl.arange(0, DEPTH)
@@ -257,7 +257,7 @@ def _body(
         g = tl.where(inside[None, :], g, 0.0)
         return tl.dot(g, p.to(g.dtype), tile, input_precision="ieee")
 
-    @triton.jit
+    @jit
     def project_columns(projector, gradient, results, numbers, program):
         matrix = (program // (TALL * WIDE)).to(tl.int64)
         j = program % (TALL * WIDE) % WIDE
