@@ -140,7 +140,8 @@ def environment(config: Config, limit: float | None, total: int | None) -> dict[
     if total is not None:
         share = _SHARE if limit is None else limit * GIB / total
         variables["XLA_CLIENT_MEM_FRACTION"] = f"{share:.6f}"
-    variables["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false" if limit is None else "true"
+    # An allocator that grows piece by piece leaves gaps, and counts them.
+    variables["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"
     return variables
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_gale.pallas import Implementation
-from optax_gale.training import stack, weights
+from optax_gale.training import rows, stack, weights
 from optax_gale.training.model import LayeredModel
 from optax_gale.training.separable import check_separable
 from optax_gale.training.walk import Forward, Walk
@@ -131,17 +131,45 @@ class Pass:
             squares = carried.squares + _squares(grads)
             return self._replaced(carried, layer, new, state)._replace(squares=squares)
 
-        carried, grads = self.walk.backward(batch, forward, self._begin(), _params_of, visit)
+        others, parts, begin = as_seen(self.others), dict(self.parts), self._begin()
+        early = [rows.is_large(x) for x in others]
+        if any(early):
+            # The gradient of what only the head reads is there, and gone before the layers' are
+            # made. (Of small leaves that is no gain.)
+            read = self.walk.read_by_embed(batch)
+            early = [large and not later for large, later in zip(early, read, strict=True)]
+            grads = _where(early, self.parameters.others_by_path(forward.of_rest))
+            others, found = self._step_of_others(others, parts, grads, factor)
+            dx, squares, others, parts["other"] = jax.lax.optimization_barrier(
+                (forward.dx, _squares(grads), others, found["other"])
+            )
+            forward, begin = forward._replace(dx=dx), begin._replace(squares=squares)
+        carried, grads = self.walk.backward(batch, forward, begin, _params_of, visit)
+        grads = _where([not x for x in early], grads)
         norm = jnp.sqrt(carried.squares + _squares(grads))
-        new, state = update_and_apply(
+        others, parts = self._step_of_others(others, parts, grads, factor)
+        return *self._finished(carried, others, parts), norm
+
+    def _step_of_others(
+        self,
+        seen: Sequence[Any],
+        parts: dict[str, list[Any]],
+        grads: Sequence[Any],
+        factor: jax.Array | None,
+    ) -> tuple[list[Any], dict[str, list[Any]]]:
+        """Leaves that are not stacked take their step, if they have a gradient."""
+        new, state = rows.update_and_apply(
             self.tx,
             self.parameters.of_others(_scaled(grads, factor)),
-            self.layout.whole(self.parts, stack.State.OTHERS),
-            self.parameters.of_others(as_seen(self.others)),
+            self.layout.whole(parts, stack.State.OTHERS),
+            self.parameters.of_others(seen),
             implementation=self._implementation,
             **self._extra_args,
         )
-        return *self._finished(carried, new, state), norm
+        found = self.layout.parts_of(state, stack.State.OTHERS)
+        return jax.tree.leaves(new, is_leaf=trees.is_box), {
+            kind: alike(found[kind], self.parts[kind]) for kind in stack.State.OTHERS
+        }
 
     def zeros(self) -> Sums:
         """Gradients of zero, as the inner sees them."""
@@ -203,7 +231,8 @@ class Pass:
             self.parameters.of_others(as_seen(self.others)),
             **asked,
         )
-        parts = self._joined(carried, state) if refresh else self.parts
+        found = self.layout.parts_of(state, stack.State.OTHERS)
+        parts = self._joined(carried, found) if refresh else self.parts
         return Sums(carried.stacks.sums, _added(sums.others, projected)), parts, norm
 
     def step(
@@ -238,7 +267,8 @@ class Pass:
             self._implementation,
             **extra_args,
         )
-        return self._finished(carried, new, state)
+        others = jax.tree.leaves(new, is_leaf=trees.is_box)
+        return self._finished(carried, others, self.layout.parts_of(state, stack.State.OTHERS))
 
     def _begin(self, sums: Sequence[Any] = ()) -> Carried:
         shared = {kind: self.parts[kind] for kind in ("stack", "all")}
@@ -267,20 +297,24 @@ class Pass:
         shared = {kind: parts[kind] for kind in carried.shared}
         return carried._replace(stacks=stacks, shared=alike(shared, carried.shared))
 
-    def _joined(self, carried: Carried, state: Any) -> dict[str, list[Any]]:
+    def _joined(self, carried: Carried, others: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """The parts of the new state, from the layers' and from the others'."""
-        others = self.layout.parts_of(state, stack.State.OTHERS)
         of_others = {kind: alike(others[kind], self.parts[kind]) for kind in stack.State.OTHERS}
         return {"layer": carried.stacks.state, **carried.shared, **of_others}
 
-    def _finished(self, carried: Carried, params: Any, state: Any) -> tuple[Any, Any]:
+    def _finished(
+        self, carried: Carried, others: Sequence[Any], of_others: dict[str, list[Any]]
+    ) -> tuple[Any, Any]:
         """The whole parameters and the whole state."""
-        parts = self._joined(carried, state)
-        others = jax.tree.leaves(params, is_leaf=trees.is_box)
+        parts = self._joined(carried, of_others)
         others = weights.like(self.others, others, self.parameters.other_paths, self._key)
         return self.parameters.whole(carried.stacks.params, others), self.layout.whole(
             parts, tuple(parts)
         )
+
+
+def _where(chosen: Sequence[bool], leaves: Sequence[Any]) -> list[Any]:
+    return [x if yes else optax.MaskedNode() for x, yes in zip(leaves, chosen, strict=True)]
 
 
 def _squares(grads: Sequence[Any]) -> jax.Array:

@@ -137,7 +137,7 @@ class State:
         entries, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=storage.is_stored)
         self._treedef: Any = treedef
         self._names = [jax.tree_util.keystr(path) for path, _ in entries]
-        self.owners = _owners([path for path, _ in entries], parameters.key_paths)
+        self.owners = owners([path for path, _ in entries], parameters.key_paths)
         self._kinds = [
             _kind(x, owner, parameters) for (_, x), owner in zip(entries, self.owners, strict=True)
         ]
@@ -171,7 +171,7 @@ class State:
         return parts
 
 
-def _owners(
+def owners(
     paths: Sequence[tuple[Any, ...]], key_paths: Sequence[tuple[Any, ...]]
 ) -> list[int | None]:
     """The leaf that each array of a state belongs to.
@@ -186,11 +186,11 @@ def _owners(
         for i in range(len(path)):
             below[path[:i]] += 1
             placed[path[:i]] += path[i:] in places
-    owners: list[int | None] = []
+    found: list[int | None] = []
     for path in paths:
         fitting = [i for i in range(len(path)) if placed[path[:i]] == below[path[:i]]]
-        owners.append(places[path[fitting[0] :]] if fitting else None)
-    return owners
+        found.append(places[path[fitting[0] :]] if fitting else None)
+    return found
 
 
 def _kind(x: Any, owner: int | None, parameters: Parameters) -> str:

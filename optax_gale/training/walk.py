@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from optax_gale.training import stack, weights
 from optax_gale.training.model import LayeredModel, element
-from optax_gale.transforms import storage
+from optax_gale.transforms import dataflow, storage
 
 
 class Forward(NamedTuple):
@@ -71,6 +71,19 @@ class Walk:
 
         loss, (of_rest, dx) = jax.value_and_grad(head, argnums=(0, 1))(self._rest, x)
         return Forward(loss, inputs, of_rest, dx)
+
+    def read_by_embed(self, batch: Any) -> list[bool]:
+        """For every leaf that is not stacked, whether ``embed`` depends on it.
+
+        The gradient of the others is known after the head.
+        """
+        leaves = jax.tree.leaves(self._rest, is_leaf=storage.is_stored)
+        watched: list[int | None] = [i for i, x in enumerate(leaves) for _ in jax.tree.leaves(x)]
+        watched += [None] * len(jax.tree.leaves(batch))
+        on = frozenset().union(*dataflow.sources(self._model.embed, (self._rest, batch), watched))
+        numbers = iter(range(len(leaves)))
+        is_read = jax.tree.map(lambda _: next(numbers) in on, self._rest, is_leaf=storage.is_stored)
+        return self._parameters.others_by_path(is_read)
 
     def backward(
         self,

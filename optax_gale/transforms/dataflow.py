@@ -197,3 +197,98 @@ def _joined(parts: list[Dependence]) -> Dependence:
     if not on:
         return _UNIFORM if all(x.uniform for x in parts) else _NONE
     return Dependence(on.pop()) if len(on) == 1 else _ANY
+
+
+# How an array depends on the rows of others: its elements are alike along its first axis; they are
+# anything, but depend on no row; row i depends on rows i only; or on others too.
+_ALIKE, _FREE, _OF_ROWS, _MIXED = "alike", "free", "of rows", "mixed"
+
+# Random numbers are as good as others of their kind.
+_DRAWS = {"random_bits", "random_wrap", "random_unwrap", "random_seed", "random_fold_in"}
+_DRAWS |= {"threefry2x32", "shift_right_logical", "shift_left", "xor", "bitcast_convert_type"}
+_BY_ROW = _ELEMENTWISE | _LINEAR | _DRAWS | {"is_finite", "ceil", "round", "nextafter", "sign"}
+_REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"}
+_REDUCTIONS |= {"argmax", "argmin"}
+
+
+def keeps_rows_apart(
+    function: Callable[..., Any], arguments: Sequence[Any], has_rows: Sequence[bool]
+) -> bool:
+    """Whether a function treats the entries along a first axis apart from each other, and alike.
+
+    Args:
+      function: the function; it is traced, not run.
+      arguments: its arguments, arrays or shapes.
+      has_rows: for every leaf of the arguments whether its first axis is that one.
+
+    Returns:
+      True if entry i of every output that depends on the entries depends on entries i alone, and
+      the function is the same for all i. False also where the program is not understood.
+    """
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    inputs = [
+        _OF_ROWS if rows else _of_size(var)
+        for var, rows in zip(jaxpr.invars, has_rows, strict=True)
+    ]
+    return _MIXED not in _by_row(jaxpr, inputs)
+
+
+def _of_size(var: Any) -> str:
+    return _ALIKE if var.aval.size == 1 else _FREE
+
+
+def _by_row(jaxpr: Any, inputs: Sequence[str]) -> list[str]:
+    return _walk(jaxpr, inputs, _of_size, _ALIKE, _apply_by_row)
+
+
+def _apply_by_row(equation: Any, operands: list[str]) -> list[str]:
+    function = called(equation)
+    if function is not None:
+        return _by_row(getattr(function, "jaxpr", function), operands)
+    results = [_one_by_row(equation, operands, var) for var in equation.outvars]
+    watched = any(x in (_OF_ROWS, _MIXED) for x in operands)
+    return (
+        results
+        if watched
+        else [
+            x if x != _MIXED else _of_size(var)
+            for x, var in zip(results, equation.outvars, strict=True)
+        ]
+    )
+
+
+def _one_by_row(equation: Any, operands: list[str], result: Any) -> str:
+    """A result of a primitive; mixed where nothing is known of it."""
+    name, params, first = equation.primitive.name, equation.params, operands[0] if operands else ""
+    if _MIXED in operands or not operands:
+        return _MIXED
+    shape, given = result.aval.shape, equation.invars[0].aval.shape
+    if name in _BY_ROW:
+        if _FREE in operands:
+            return _MIXED if _OF_ROWS in operands else _FREE
+        return _OF_ROWS if _OF_ROWS in operands else _ALIKE
+    if len(operands) > 1 and name != "concatenate":
+        return _MIXED
+    if name == "broadcast_in_dim":
+        places = params["broadcast_dimensions"]
+        if first != _OF_ROWS and (0 not in places or given[places.index(0)] == 1):
+            return _ALIKE
+        keeps = bool(given) and places[0] == 0 and given[0] == shape[0]
+    elif name == "reshape":
+        keeps = given[:1] == shape[:1] and params.get("dimensions") is None
+    elif name == "transpose":
+        keeps = params["permutation"][0] == 0
+    elif name == "squeeze":
+        keeps = 0 not in params["dimensions"]
+    elif name in _REDUCTIONS:
+        keeps = 0 not in params["axes"]
+    elif name == "slice":
+        keeps = given[0] == shape[0]
+    elif name == "pad":
+        keeps = params["padding_config"][0] == (0, 0, 0)
+    elif name == "concatenate":
+        alike = set(operands) <= {_OF_ROWS, _ALIKE} and params["dimension"] != 0
+        return (_OF_ROWS if _OF_ROWS in operands else _ALIKE) if alike else _MIXED
+    else:
+        return _MIXED
+    return first if keeps else _MIXED

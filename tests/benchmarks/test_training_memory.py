@@ -87,7 +87,7 @@ def test_a_limit_is_a_share_of_the_whole_memory(config, monkeypatch):
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in found
     free = training_memory.environment(config, None, 96 * GIB)
     assert free["XLA_CLIENT_MEM_FRACTION"] == "0.950000"
-    assert free["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    assert free["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
     assert free["JAX_COMPILATION_CACHE_DIR"] == found["JAX_COMPILATION_CACHE_DIR"]
     assert "XLA_CLIENT_MEM_FRACTION" not in training_memory.environment(config, None, None)
 
