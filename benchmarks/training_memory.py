@@ -53,7 +53,7 @@ NO_GPU = "No GPU here: this benchmark measures one (--dry True tries everything 
 GIB = 2**30
 KEY = ("case", "allocator")
 
-_SHARE = 0.95  # of a device's memory, for runs without a limit
+_MOST = 0.95  # of a device's memory, the rest of which CUDA needs
 _LIMIT_TOLERANCE = 1.01  # the allocator rounds its limit
 
 
@@ -69,6 +69,9 @@ class Config:
     """Cases to run; all by default."""
     minutes: float | None = None
     """Begins no run after so many minutes, and gives up one that lasts longer."""
+    share: float = _MOST
+    """Of the device's memory, for runs without a limit: less where several run beside each other,
+    as they can if no speed is asked for."""
     again: bool = False
     """Runs again what is stored."""
     dry: bool = False
@@ -138,7 +141,7 @@ def environment(config: Config, limit: float | None, total: int | None) -> dict[
     # A run without the limit finds what the limited one compiled.
     variables.setdefault("JAX_COMPILATION_CACHE_DIR", str((config.runs / "compiled").absolute()))
     if total is not None:
-        share = _SHARE if limit is None else limit * GIB / total
+        share = config.share if limit is None else limit * GIB / total
         variables["XLA_CLIENT_MEM_FRACTION"] = f"{share:.6f}"
     # An allocator that grows piece by piece leaves gaps, and counts them.
     variables["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"
@@ -376,7 +379,7 @@ def refusal(config: Config, name: str, total: int | None) -> str | None:
     if config.dry or total is None:
         return None
     case, has = CASES[name], total / GIB
-    if case.needs > _SHARE * has:
+    if case.needs > (config.share if case.limit is None else _MOST) * has:
         return f"skipped: needs {case.needs:g} GiB, and this GPU has {has:.0f}"
     return None
 

@@ -119,16 +119,16 @@ class Pass:
         """
 
         def visit(carried: Carried, layer: Any, slices: Stacks, grads: list[Any]) -> Carried:
+            squares, grads = _scaled(carried.squares, grads, factor)
             new, state = update_and_apply(
                 self.tx,
-                self.parameters.of_layer(_scaled(grads, factor)),
+                self.parameters.of_layer(grads),
                 self._state_of(slices, layer),
                 self.parameters.of_layer(as_seen(slices.params)),
                 implementation=self._implementation,
                 layer=layer,
                 **self._extra_args,
             )
-            squares = carried.squares + _squares(grads)
             return self._replaced(carried, layer, new, state)._replace(squares=squares)
 
         others, parts, begin = as_seen(self.others), dict(self.parts), self._begin()
@@ -139,28 +139,28 @@ class Pass:
             read = self.walk.read_by_embed(batch)
             early = [large and not later for large, later in zip(early, read, strict=True)]
             grads = _where(early, self.parameters.others_by_path(forward.of_rest))
-            others, found = self._step_of_others(others, parts, grads, factor)
+            squares, grads = _scaled(begin.squares, grads, factor)
+            others, found = self._step_of_others(others, parts, grads)
             dx, squares, others, parts["other"] = jax.lax.optimization_barrier(
-                (forward.dx, _squares(grads), others, found["other"])
+                (forward.dx, squares, others, found["other"])
             )
             forward, begin = forward._replace(dx=dx), begin._replace(squares=squares)
         carried, grads = self.walk.backward(batch, forward, begin, _params_of, visit)
         grads = _where([not x for x in early], grads)
-        norm = jnp.sqrt(carried.squares + _squares(grads))
-        others, parts = self._step_of_others(others, parts, grads, factor)
-        return *self._finished(carried, others, parts), norm
+        squares, grads = _scaled(carried.squares, grads, factor)
+        others, parts = self._step_of_others(others, parts, grads)
+        return *self._finished(carried, others, parts), jnp.sqrt(squares)
 
     def _step_of_others(
         self,
         seen: Sequence[Any],
         parts: dict[str, list[Any]],
         grads: Sequence[Any],
-        factor: jax.Array | None,
     ) -> tuple[list[Any], dict[str, list[Any]]]:
         """Leaves that are not stacked take their step, if they have a gradient."""
         new, state = rows.update_and_apply(
             self.tx,
-            self.parameters.of_others(_scaled(grads, factor)),
+            self.parameters.of_others(grads),
             self.layout.whole(parts, stack.State.OTHERS),
             self.parameters.of_others(seen),
             implementation=self._implementation,
@@ -206,8 +206,9 @@ class Pass:
         asked = dict(self._extra_args) if refresh else {**self._extra_args, "refresh": False}
 
         def visit(carried: Carried, layer: Any, slices: Stacks, grads: list[Any]) -> Carried:
+            squares, grads = _scaled(carried.squares, grads, factor)
             projected, state = self.halves.project(
-                self.parameters.of_layer(_scaled(grads, factor)),
+                self.parameters.of_layer(grads),
                 self._state_of(slices, layer),
                 self.parameters.of_layer(as_seen(slices.params)),
                 layer=layer,
@@ -217,16 +218,17 @@ class Pass:
                 stacks=carried.stacks._replace(
                     sums=stack.put(carried.stacks.sums, _added(slices.sums, projected), layer)
                 ),
-                squares=carried.squares + _squares(grads),
+                squares=squares,
             )
             return self._replaced(carried, layer, None, state) if refresh else carried
 
         carried, grads = self.walk.backward(
             batch, forward, self._begin(sums.stacked), _params_of, visit
         )
-        norm = jnp.sqrt(carried.squares + _squares(grads))
+        squares, grads = _scaled(carried.squares, grads, factor)
+        norm = jnp.sqrt(squares)
         projected, state = self.halves.project(
-            self.parameters.of_others(_scaled(grads, factor)),
+            self.parameters.of_others(grads),
             self.layout.whole(self.parts, stack.State.OTHERS),
             self.parameters.of_others(as_seen(self.others)),
             **asked,
@@ -322,10 +324,16 @@ def _squares(grads: Sequence[Any]) -> jax.Array:
     return sum((jnp.sum(g * g) for g in leaves), jnp.zeros((), jnp.float32))
 
 
-def _scaled(grads: Sequence[Any], factor: jax.Array | None) -> list[Any]:
+def _scaled(
+    squares: jax.Array, grads: Sequence[Any], factor: jax.Array | None
+) -> tuple[jax.Array, list[Any]]:
+    """The sum with the squares of gradients, and the gradients times a factor."""
+    squares, grads = squares + _squares(grads), list(grads)
     if factor is None:
-        return list(grads)
-    return [jax.tree.map(lambda x: (x * factor).astype(x.dtype), g) for g in grads]
+        return squares, grads
+    # The squares are summed first: so the product can be in the gradients' place.
+    squares, grads = jax.lax.optimization_barrier((squares, grads))
+    return squares, [jax.tree.map(lambda x: (x * factor).astype(x.dtype), g) for g in grads]
 
 
 def _times(sums: Sequence[Any], factor: jax.Array | float, like: Sequence[Any]) -> list[Any]:
