@@ -74,7 +74,7 @@ LLAMA_60M: dict[str, tuple[str, tuple[float, ...]]] = {
         "optimizer=gale_muon align=False side=short moments=keep",
         (2e-2,),
     ),
-    "Muon": ("optimizer=muon", (1e-2, 2e-2)),
+    "Muon": ("optimizer=muon", (1e-2, 2e-2, 4e-2)),
 }
 SUITES = {"tiny": TINY, "60m": LLAMA_60M}
 
@@ -97,6 +97,8 @@ class Config:
     """60m: token ids to validate on."""
     attention_backend: Literal["xla", "cudnn"] = "xla"
     """cudnn: the fused kernel of NVIDIA GPUs."""
+    loss_chunks: int = 1
+    """60m: parts in which logits are made: less memory, the same loss but for rounding."""
     runs: Path = Path("runs/benchmark")
     """Where the runs are kept."""
     out: Path = Path("benchmarks/results")
@@ -125,7 +127,11 @@ def comparison(config: Config, seed: int, arm: str, rate: float) -> CompareConfi
     return CompareConfig(
         **shared,
         training=TrainingOptions(steps=800, batch_size=512, seed=seed),
-        model=ModelOptions(size="60m", attention_backend=config.attention_backend),
+        model=ModelOptions(
+            size="60m",
+            attention_backend=config.attention_backend,
+            loss_chunks=config.loss_chunks,
+        ),
         data=DataConfig(
             source="tokens",
             path=config.train,
