@@ -105,7 +105,9 @@ CASES: dict[str, Case] = {
         8,
         needs=12,
     ),
-    THIRTEEN: Case({**_7B, **_LAYERS, **_8BIT, "size": "13b", "rank": 256}, 20, 32, limit=32),
+    THIRTEEN: Case(
+        {**_7B, **_LAYERS, **_8BIT, "size": "13b", "rank": 256, "batch-size": 8}, 20, 32, limit=32
+    ),
     # Of steps that do not refresh: the first does, and is not timed.
     LAYERS_SPEED: Case({**_SPEED, **_LAYERS}, 27, needs=24),
     REMAT_SPEED: Case({**_SPEED, "remat": True}, 27, needs=45),
