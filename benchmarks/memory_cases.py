@@ -106,7 +106,18 @@ CASES: dict[str, Case] = {
         needs=12,
     ),
     THIRTEEN: Case(
-        {**_7B, **_LAYERS, **_8BIT, "size": "13b", "rank": 256, "batch-size": 8}, 20, 32, limit=32
+        {
+            **_7B,
+            **_LAYERS,
+            **_8BIT,
+            "size": "13b",
+            "rank": 256,
+            "batch-size": 8,
+            "learning-rate": 5e-4,
+        },
+        20,
+        32,
+        limit=32,
     ),
     # Of steps that do not refresh: the first does, and is not timed.
     LAYERS_SPEED: Case({**_SPEED, **_LAYERS}, 27, needs=24),

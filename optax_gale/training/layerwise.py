@@ -70,8 +70,9 @@ def layerwise(
 
     The layers are walked backwards. For each, its activations are computed again from its input,
     then its gradient, and with that the optimizer's step of its weights, in place. Of the
-    gradient, one layer's and that of the embedding and the head exist at a time; between layers,
-    the inputs of the layers are kept, one activation of the residual stream each.
+    gradient, one layer's and that of the embedding and the head exist at a time (of a large head it
+    is used up before the layers'); between layers, the inputs of the layers are kept, one
+    activation of the residual stream each.
 
     The result is that of the ordinary step, up to rounding where a compiler orders sums
     differently. Every layer is to the optimizer as a parameter of its own, ``(1, ...)``, so what

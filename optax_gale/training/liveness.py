@@ -44,7 +44,10 @@ def fullest(program: Program) -> Fullest:
     Buffers that lie on each other, as those of an update in place do, count once.
     """
     flow = _Flow(program)
-    scope, _ = flow.follow(program.entry, [])
+    scope, returned = flow.follow(program.entry, [])
+    if not program.is_placed:  # what is returned is no temporary
+        spans = {b: span for b, span in scope.spans.items() if b not in _all(returned)}
+        scope = scope._replace(spans=spans)
     _, alive = _search(program.buffers, scope, frozenset(), (-1, frozenset()))
     sizes = {"gradients": 0, "activations": 0, "work": 0}
     counted: list[Buffer] = []

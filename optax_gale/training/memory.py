@@ -23,6 +23,9 @@ PARTS = (
     "activations",
     "work_space",
 )
+# Of the temporaries, the least that sums over shapes must come to, and the inverse of the most.
+_NEAR = 0.75
+
 _LABELS = {
     "other": "other state",
     "results": "results that replace nothing",
@@ -259,7 +262,15 @@ def _fullest(compiled: Any, temporaries: int) -> liveness.Fullest | None:
         found = None if program is None else liveness.fullest(program)
     except (IndexError, KeyError):  # a kind of program that is put together in another way
         return None
-    return found if found is not None and found.total <= temporaries else None
+    if found is None or program is None:
+        return None
+    if program.is_placed:
+        return found if found.total <= temporaries else None
+    # Without places, sums are near the truth, or say nothing.
+    if not _NEAR * temporaries <= found.total <= temporaries / _NEAR:
+        return None
+    share = min(1.0, temporaries / max(found.total, 1))
+    return liveness.Fullest(*(int(size * share) for size in found))
 
 
 def _per_device(compiled: Any) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], int]:

@@ -1,6 +1,7 @@
 """A compiled program as XLA describes it: instructions in order, and where their results lie."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from optax_gale.training.wire import Message
@@ -62,12 +63,15 @@ class Program(NamedTuple):
       entry: id of the one that the program is.
       buffers: temporary buffers by id.
       defined: ids of the buffers that an instruction makes, with their places in its result.
+      is_placed: whether the compiler told where buffers lie; if not, each has an allocation of its
+        own, also what the compiler puts in another's place.
     """
 
     computations: Mapping[int, Computation]
     entry: int
     buffers: Mapping[int, Buffer]
     defined: Mapping[int, tuple[tuple[tuple[int, ...], int], ...]]
+    is_placed: bool = True
 
 
 def read(compiled: Any) -> Program | None:
@@ -91,6 +95,9 @@ def read(compiled: Any) -> Program | None:
 def parse(module: bytes, assignment: bytes) -> Program:
     """Parses XLA's ``HloModuleProto`` and ``BufferAssignmentProto``.
 
+    The second may be empty, as for JAX's GPU plugin: buffers are then what instructions make, by
+    their shapes.
+
     Raises:
       ValueError: if they are something else, or the module is not scheduled.
     """
@@ -109,8 +116,9 @@ def parse(module: bytes, assignment: bytes) -> Program:
     entry = proto.number(6)
     if entry not in computations or entry not in order:
         raise ValueError("the program has no order of execution")
-    buffers, defined = _buffers(Message(assignment))
-    return Program(computations, entry, buffers, defined)
+    if assignment:
+        return Program(computations, entry, *_buffers(Message(assignment)))
+    return Program(computations, entry, *_results(proto, order.keys()), is_placed=False)
 
 
 def _instruction(proto: Message) -> Instruction:
@@ -157,3 +165,62 @@ def _buffers(
                 (tuple(place.numbers(3)), logical.number(1)),
             )
     return buffers, defined
+
+
+# Instructions whose result lies where their operands do, or where something else is kept.
+_MAKES_NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call"}
+_MAKES_NOTHING |= {"conditional", "optimization-barrier", "opt-barrier", "add-dependency", "domain"}
+_MAKES_NOTHING |= {"after-all", "partition-id", "replica-id"}
+_IN_PLACE = {"dynamic-update-slice", "scatter", "select-and-scatter"}
+
+# Bytes of an element by XLA's number of its type; four bits take a byte, tokens and tuples none.
+_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 2, 8: 4, 9: 8, 10: 2, 11: 4, 12: 8, 13: 0, 14: 0}
+_SIZES |= {15: 8, 16: 2, 17: 0, 18: 16}
+
+
+def _results(
+    proto: Message, scheduled: Collection[int]
+) -> tuple[dict[int, Buffer], dict[int, tuple[tuple[tuple[int, ...], int], ...]]]:
+    """What the instructions of scheduled computations make."""
+    computations = {c.number(5): c.messages(2) for c in proto.messages(3)}
+    shapes = {i.number(35): i.message(3) for c in computations.values() for i in c}
+    buffers: dict[int, Buffer] = {}
+    defined: dict[int, tuple[tuple[tuple[int, ...], int], ...]] = {}
+    for instruction in (i for number in scheduled for i in computations[number]):
+        opcode = instruction.text(2)
+        aliases = instruction.messages(74)  # of a call into a library
+        if opcode in _MAKES_NOTHING or opcode.endswith(("-update", "-done")) or aliases:
+            continue
+        # An update in part lies on an operand of its form.
+        parts = computations[instruction.numbers(38)[0]] if opcode == "fusion" else [instruction]
+        in_place = any(part.text(2) in _IN_PLACE for part in parts)
+        free = [_form(shapes[i]) for i in instruction.numbers(36)] if in_place else []
+        made = []
+        for place, shape in _arrays(instruction.message(3)):
+            if _form(shape) in free:
+                free.remove(_form(shape))
+            elif size := _bytes_of(shape):
+                made.append((place, len(buffers)))
+                buffers[len(buffers)] = Buffer(len(buffers), 0, size)
+        defined[instruction.number(35)] = tuple(made)
+    return buffers, defined
+
+
+def _arrays(
+    shape: Message, place: tuple[int, ...] = ()
+) -> Iterator[tuple[tuple[int, ...], Message]]:
+    elements = shape.messages(4)
+    if not elements:
+        yield place, shape
+    for i, element in enumerate(elements):
+        yield from _arrays(element, (*place, i))
+
+
+def _form(shape: Message) -> tuple[int, ...]:
+    return (shape.number(2), *shape.numbers(3))
+
+
+def _bytes_of(shape: Message) -> int:
+    if shape.message(5).number(8) == _HOST_MEMORY:
+        return 0
+    return _SIZES.get(shape.number(2), 1) * math.prod(shape.numbers(3))

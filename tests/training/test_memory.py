@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_gale
 from optax_gale import StepMemoryReport, step_memory_report
-from optax_gale.training import liveness
+from optax_gale.training import liveness, programs
 from optax_gale.training import memory as step_memory
 
 WIDTH, ROWS = 256, 2048
@@ -317,3 +317,33 @@ def test_the_measured_peak_of_a_gpu(name, rows):
     assert report.peak == pytest.approx(measured, rel=0.05)
     assert report.told_apart and report.platform == "gpu"
     assert report.activations > 0.5 * report.peak
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_without_places_shapes_say_nearly_the_same(name, monkeypatch):
+    """JAX's plugin for GPUs tells the instructions and their order, but not where arrays lie."""
+    tx = TRANSFORMATIONS[name]
+
+    def loss(params, x):
+        layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+        return jnp.mean(jax.lax.scan(layer, x, params["w"])[0] ** 2)
+
+    def step(params, state, x):
+        grads = jax.grad(loss)(params, x)
+        return optax_gale.update_and_apply(tx, grads, state, params)
+
+    params = {"w": struct(8, WIDTH, WIDTH)}
+    arguments = (params, jax.eval_shape(tx.init, params), struct(ROWS, WIDTH))
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+    placed = step_memory_report(compiled)
+    parse = programs.parse
+    monkeypatch.setattr(programs, "parse", lambda module, assignment: parse(module, b""))
+    shapes = step_memory_report(compiled)
+    assert placed.told_apart and shapes.told_apart and shapes.peak == placed.peak
+    for part in ("gradients", "activations", "work_space"):
+        near = pytest.approx(getattr(placed, part), abs=0.1 * placed.temporaries)
+        assert getattr(shapes, part) == near
+    assert shapes.gradients == pytest.approx(placed.gradients, rel=0.1)
+    # Sums that are far from the truth are not told.
+    monkeypatch.setattr(programs, "_SIZES", dict.fromkeys(programs._SIZES, 7))
+    assert not step_memory_report(compiled).told_apart
