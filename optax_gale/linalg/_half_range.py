@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optax_gale._averages import AxisName, averaged
 from optax_gale.linalg._blocked_cholesky import cholesky, cholesky_and_inverse
 from optax_gale.linalg._split import (
     GRAM,
@@ -45,6 +46,7 @@ def half_ranges(
     *,
     power_iterations: int,
     align: bool,
+    axis_name: AxisName = None,
 ) -> list[tuple[jax.Array, jax.Array]]:
     """Finishes range finders from their sketches ``Y = G Ω``.
 
@@ -53,6 +55,7 @@ def half_ranges(
         gs: ``(*batch, m, n)`` each, all bfloat16 or float16.
         power_iterations: see `range_finder`.
         align: see `range_finder`.
+        axis_name: see `range_finder`; ``ys`` are averages already.
 
     Returns:
         For each of them, ``P (*batch, m, k)`` in float32, and which are usable, ``(*batch, 1, 1)``.
@@ -79,6 +82,7 @@ def half_ranges(
                 half_product(subscripts, g, q.astype(g.dtype), jnp.bfloat16)
                 for g, q in zip(gs, qs, strict=True)
             ]
+            ys = averaged(ys, axis_name)
     ps, found = _orthonormal(batch, ys, align)
     return list(zip(ps, batch.parts(found & usable), strict=True))
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_gale import _sharding
+from optax_gale._averages import AxisName, averaged, checked_axis_name
 from optax_gale._products import einsum, working_dtype
 from optax_gale.linalg import _half_range, _split
 from optax_gale.linalg._split import half_product
@@ -37,6 +38,7 @@ def range_finder(
     sample_fraction: float = 1.0,
     align: bool = False,
     method: OrthonormalizeMethod = "auto",
+    axis_name: AxisName = None,
 ) -> jax.Array:
     r"""Finds an orthonormal ``P`` with ``P Pᵀ G ≈ G``: a randomized range finder.
 
@@ -88,6 +90,10 @@ def range_finder(
             matrices and reads ``g`` no more. Without effect if ``k > rank``, where Rayleigh-Ritz
             goes all the way.
         method: how to orthonormalise; see `orthonormalize`.
+        axis_name: mapped axes (of `jax.shard_map` or `jax.vmap`) along which ``g`` differs: finds
+            the range of the average, of which only the products are averaged: ``Y``, for each
+            power iteration ``Gᵀ Q`` and ``G Z`` too, and with oversampling ``QᵀG``. The key, and
+            everything but ``g``, must be the same along them.
 
     Returns:
         ``P (*batch, m, rank)``, in float32 or, if ``g`` is float64, in float64.
@@ -120,6 +126,7 @@ def range_finder(
         starts=[start],
         fallbacks=[fallback],
         method=method,
+        axis_name=axis_name,
     )
     return p
 
@@ -137,6 +144,7 @@ def range_finders(
     sample_fraction: float = 1.0,
     align: bool = False,
     method: OrthonormalizeMethod = "auto",
+    axis_name: AxisName = None,
 ) -> list[jax.Array]:
     r"""Finds the ranges of many stacks of matrices: `range_finder` for each of them.
 
@@ -156,6 +164,7 @@ def range_finders(
         sample_fraction: the fraction of the columns that the sketch reads.
         align: whether to turn the bases towards the singular vectors.
         method: how to orthonormalise; any but ``"auto"`` serves one stack after the other.
+        axis_name: mapped axes along which matrices differ and are averaged.
 
     Returns:
         ``P (*batch, m, rank)`` for each stack.
@@ -177,6 +186,7 @@ def range_finders(
         raise ValueError(f"power_iterations must be 0 or more; got {power_iterations}.")
     if not 0 < sample_fraction <= 1:
         raise ValueError(f"sample_fraction must be in (0, 1]; got {sample_fraction}.")
+    axis_name = checked_axis_name(axis_name)
     none = [None] * len(gs)
     problems = [
         _checked(key, g, start, fallback, rank, rank + oversampling, sample_fraction)
@@ -192,6 +202,7 @@ def range_finders(
             power_iterations,
             sketch,
             align,
+            axis_name,
         )
         if together
         else []
@@ -200,7 +211,8 @@ def range_finders(
         next(found)
         if yes
         else _range_finder(
-            *problem[:4], rank, *problem[4:], power_iterations, sketch, align, method
+            *(*problem[:4], rank, *problem[4:], power_iterations, sketch, align, method),
+            axis_name,
         )
         for problem, yes in zip(problems, is_together, strict=True)
     ]
@@ -261,7 +273,7 @@ def _served_together(problem: _Problem, rank: int, method: OrthonormalizeMethod)
     return is_half and plain and _split.is_fast()
 
 
-@functools.partial(jax.jit, static_argnums=range(4, 9))
+@functools.partial(jax.jit, static_argnums=range(4, 10))
 def half_range_finders(
     keys: Sequence[jax.Array],
     gs: Sequence[jax.Array],
@@ -272,21 +284,24 @@ def half_range_finders(
     power_iterations: int,
     sketch: SketchKind,
     align: bool,
+    axis_name: AxisName = None,
 ) -> list[jax.Array]:
     """`range_finders` of half-precision stacks, by `_half_range`, on any device."""
     product = functools.partial(half_product, dtype=jnp.bfloat16)
     ys = [
-        _first_sketch(key, g, start, rank, size, sketch, product)
+        _first_sketch(key, g, start, rank, size, sketch, axis_name, product)
         for key, g, start, size in zip(keys, gs, starts, samples, strict=True)
     ]
-    found = _half_range.half_ranges(ys, gs, power_iterations=power_iterations, align=align)
+    found = _half_range.half_ranges(
+        ys, gs, power_iterations=power_iterations, align=align, axis_name=axis_name
+    )
     return [
         or_identity(q, usable) if fallback is None else or_else(q, usable, fallback)
         for (q, usable), fallback in zip(found, fallbacks, strict=True)
     ]
 
 
-@functools.partial(jax.jit, static_argnums=range(4, 11))
+@functools.partial(jax.jit, static_argnums=range(4, 12))
 def _range_finder(
     key: jax.Array,
     g: jax.Array,
@@ -299,16 +314,18 @@ def _range_finder(
     sketch: SketchKind,
     align: bool,
     method: OrthonormalizeMethod,
+    axis_name: AxisName,
 ) -> jax.Array:
-    y = _first_sketch(key, g, start, width, samples, sketch)
+    average = functools.partial(averaged, axis_name=axis_name)
+    y = _first_sketch(key, g, start, width, samples, sketch, axis_name)
     _, usable = normalize_columns(y)
     q = orthonormalize(y, method)
     for _ in range(power_iterations):
-        z = orthonormalize(_transposed_times(g, q), method)
-        y = _times(g, z)
+        z = orthonormalize(average(_transposed_times(g, q)), method)
+        y = average(_times(g, z))
         q = orthonormalize(y, method)
     if width > rank:
-        _, _, vh = tall_svd(_transposed_times(g, q))
+        _, _, vh = tall_svd(average(_transposed_times(g, q)))
         q = einsum("...mk,...rk->...mr", q, vh[..., :rank, :])
     elif align:
         largest = jnp.max(jnp.abs(y), axis=(-2, -1), keepdims=True)
@@ -324,6 +341,7 @@ def _first_sketch(
     width: int,
     samples: int,
     sketch: SketchKind,
+    axis_name: AxisName,
     product: Callable[..., jax.Array] = einsum,
 ) -> jax.Array:
     """Returns ``Y``: what ``start`` makes of ``g``, and as many random columns as are missing."""
@@ -332,7 +350,7 @@ def _first_sketch(
     if start is not None:
         # Unit columns: the product with G cannot overflow, and old singular vectors stay
         # well-conditioned however fast their singular values decay.
-        z, _ = normalize_columns(_transposed_times(g, start))
+        z, _ = normalize_columns(averaged(_transposed_times(g, start), axis_name))
         key, key_lost = jax.random.split(key)
         fresh = make_sketch(sketch, key_lost, z.shape[-2:], z.dtype) / math.sqrt(g.shape[-1])
         lost = jnp.sum(z * z, axis=-2, keepdims=True) == 0
@@ -340,7 +358,8 @@ def _first_sketch(
         missing -= start.shape[-1]
     if missing:
         parts.append(_sketched(key, g, missing, samples, sketch, product))
-    return jnp.concatenate(parts, axis=-1)
+    # The columns of both parts at once.
+    return averaged(jnp.concatenate(parts, axis=-1), axis_name)
 
 
 def _sketched(

@@ -170,7 +170,8 @@ def layerwise(
             new, opt_state, *metrics = _summed(
                 pass_, parts, clip_norm, clip, previous, accumulator_dtype
             )
-        loss, norm = (x.astype(jnp.float32) for x in metrics)
+        loss, norm = metrics[0].astype(jnp.float32), metrics[1].astype(jnp.float32)
+        loss = pass_.averaged(loss)
         return (
             new,
             LayerwiseState(opt_state, norm) if remembers else opt_state,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_gale._averages import averaged, varying
 from optax_gale.pallas import Implementation
 from optax_gale.training import rows, stack, weights
 from optax_gale.training.model import LayeredModel
@@ -30,6 +31,13 @@ class Stacks(NamedTuple):
     params: list[Any]
     state: Any = ()
     sums: Any = ()
+
+    def of_layer(self, layer: jax.Array) -> "Stacks":
+        """A layer's slices."""
+        # Sums are a device's own, and would make all that is read with them so.
+        params, state = stack.take_all_first((self.params, self.state), layer)
+        sums = stack.take_all_first(self.sums, layer)
+        return self._replace(params=params, state=state, sums=sums)
 
 
 class Carried(NamedTuple):
@@ -81,10 +89,10 @@ class Pass:
         values = as_seen(params)
         model.split(params)  # raises where there is no stack
         self.parameters = stack.Parameters(params, model.keys)
-        self.walk = Walk(model, params, self.parameters)
+        self.tx, self.halves = tx, halves_of(tx)
+        self.walk = Walk(model, params, self.parameters, self.halves.axis_name)
         check_separable(tx, values, state, self.parameters, extra_args)
         self.layout = stack.State(state, self.parameters)
-        self.tx, self.halves = tx, halves_of(tx)
         self.values = values  # of which shapes are read only, where weights are in 8 bits
         self.stacked, self.others = self.parameters.stacked(params), self.parameters.others(params)
         self.parts = self.layout.parts(state)
@@ -105,9 +113,9 @@ class Pass:
             del layer, slices
             return carried._replace(squares=carried.squares + _squares(grads))
 
-        begin = Carried(Stacks(self.stacked), {}, jnp.zeros((), jnp.float32))
+        begin = Carried(Stacks(self.stacked), {}, self._no_squares())
         carried, of_others = self.walk.backward(batch, forward, begin, _params_of, visit)
-        return jnp.sqrt(carried.squares + _squares(of_others))
+        return self._root(carried.squares + _squares(of_others))
 
     def update(
         self, batch: Any, forward: Forward, factor: jax.Array | None
@@ -141,15 +149,16 @@ class Pass:
             grads = _where(early, self.parameters.others_by_path(forward.of_rest))
             squares, grads = _scaled(begin.squares, grads, factor)
             others, found = self._step_of_others(others, parts, grads)
-            dx, squares, others, parts["other"] = jax.lax.optimization_barrier(
-                (forward.dx, squares, others, found["other"])
+            parts["other"] = found["other"]
+            dx, squares, *_ = jax.lax.optimization_barrier(
+                (forward.dx, squares, others, parts["other"])
             )
             forward, begin = forward._replace(dx=dx), begin._replace(squares=squares)
         carried, grads = self.walk.backward(batch, forward, begin, _params_of, visit)
         grads = _where([not x for x in early], grads)
         squares, grads = _scaled(carried.squares, grads, factor)
         others, parts = self._step_of_others(others, parts, grads)
-        return *self._finished(carried, others, parts), jnp.sqrt(squares)
+        return *self._finished(carried, others, parts), self._root(squares)
 
     def _step_of_others(
         self,
@@ -175,11 +184,23 @@ class Pass:
         """Gradients of zero, as the inner sees them."""
         return self._sums(self.halves.zeros(self.values))
 
+    def averaged(self, x: Any) -> Any:
+        """What differs between devices that the optimizer averages over, averaged."""
+        return averaged(x, self.halves.axis_name)
+
+    def _no_squares(self) -> jax.Array:
+        return varying(jnp.zeros((), jnp.float32), self.halves.axis_name)
+
+    def _root(self, squares: jax.Array) -> jax.Array:
+        """The norm; of several devices' gradients, the root of their mean square."""
+        return jnp.sqrt(self.averaged(squares))
+
     def zero_sums(self, dtype: Any) -> Sums:
         """Sums of no gradients, in at least float32 unless a dtype is given."""
         return self._sums(zero_sums(self.halves, self.values, dtype))
 
     def _sums(self, tree: Any) -> Sums:
+        tree = varying(tree, self.halves.axis_name)
         return Sums(self.parameters.stacked(tree), self.parameters.others(tree))
 
     def add(
@@ -226,7 +247,7 @@ class Pass:
             batch, forward, self._begin(sums.stacked), _params_of, visit
         )
         squares, grads = _scaled(carried.squares, grads, factor)
-        norm = jnp.sqrt(squares)
+        norm = self._root(squares)
         projected, state = self.halves.project(
             self.parameters.of_others(grads),
             self.layout.whole(self.parts, stack.State.OTHERS),
@@ -246,11 +267,12 @@ class Pass:
           The new parameters and the new state.
         """
         seen = self.zeros()  # for its dtypes
+        sums = self.averaged(sums)
         self.parts = parts
         extra_args = {k: v for k, v in self._extra_args.items() if k != "refresh"}
 
         def visit(carried: Carried, layer: jax.Array) -> tuple[Carried, None]:
-            slices = stack.take_all_first(carried.stacks._replace(sums=sums.stacked), layer)
+            slices = carried.stacks._replace(sums=sums.stacked).of_layer(layer)
             new, state = self.halves.apply(
                 self.parameters.of_layer(_times(slices.sums, factor, seen.stacked)),
                 self._state_of(slices, layer),
@@ -275,7 +297,7 @@ class Pass:
     def _begin(self, sums: Sequence[Any] = ()) -> Carried:
         shared = {kind: self.parts[kind] for kind in ("stack", "all")}
         stacks = Stacks(self.stacked, self.parts["layer"], list(sums))
-        return Carried(stacks, shared, jnp.zeros((), jnp.float32))
+        return Carried(stacks, shared, self._no_squares())
 
     def _state_of(self, slices: Stacks, layer: jax.Array) -> Any:
         # What layers share is as it was before the step: each layer's step is the same one. Only

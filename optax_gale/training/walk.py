@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_gale._averages import AxisName, varying
 from optax_gale.training import stack, weights
 from optax_gale.training.model import LayeredModel, element
 from optax_gale.transforms import dataflow, storage
@@ -30,11 +31,17 @@ class Forward(NamedTuple):
 class Walk:
     """The passes through one model."""
 
-    def __init__(self, model: LayeredModel, params: Any, parameters: stack.Parameters):
-        """Takes the parameters apart."""
-        self._model, self._parameters = model, parameters
+    def __init__(
+        self,
+        model: LayeredModel,
+        params: Any,
+        parameters: stack.Parameters,
+        axis_name: AxisName = None,
+    ):
+        """Takes the parameters apart; along ``axis_name`` gradients are each device's own."""
+        self._model, self._parameters, self._axis_name = model, parameters, axis_name
         rest, blocks = model.split(params)
-        self._rest = weights.dequantize_weights(rest)
+        self._rest = varying(weights.dequantize_weights(rest), axis_name)
         self._treedef = jax.tree.structure(blocks, is_leaf=storage.is_stored)
 
     def forward(self, stacked: Sequence[Any], batch: Any) -> Forward:
@@ -98,8 +105,8 @@ class Walk:
         Args:
           batch: the batch.
           forward: what the forward pass left.
-          carried: what changes on the way, and more; ``carried.stacks`` is a tree of arrays with a
-            leading axis of layers.
+          carried: what changes on the way, and more; ``carried.stacks`` has arrays with a leading
+            axis of layers, and gives their slices ``of_layer(i)``.
           stacked_of: finds the stacked leaves of the parameters in such a tree.
           visit: ``(carried, layer, slices, grads) -> carried``, called with a layer's slices of
             ``carried.stacks`` and the gradients of its leaves, ``(1, ...)`` each.
@@ -111,9 +118,10 @@ class Walk:
         def layer(state: tuple[Any, Any], given: tuple[jax.Array, Any]) -> tuple[Any, None]:
             carried, dx = state
             i, x = given
-            slices = stack.take_all_first(carried.stacks, i)
+            slices = carried.stacks.of_layer(i)
             run = lambda leaves, x: self._run(leaves, x, batch, i)
-            _, pull_back = jax.vjp(run, weights.dequantize_weights(stacked_of(slices)), x)
+            leaves = varying(weights.dequantize_weights(stacked_of(slices)), self._axis_name)
+            _, pull_back = jax.vjp(run, leaves, x)
             grads, dx = pull_back(dx)
             return (visit(carried, i, slices, grads), dx), None
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from optax_gale._averages import AxisName
 from optax_gale.transforms.matrices import MatrixView
 from optax_gale.transforms.moments import Moments
 from optax_gale.transforms.muon import scale_by_orthogonalized_momentum
@@ -42,6 +43,7 @@ def gale_adamw(
     state_dtype: Any = None,
     projector_dtype: Any = "float32",
     seed: Any = 0,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW with its moments in low-rank subspaces.
 
@@ -72,6 +74,7 @@ def gale_adamw(
       state_dtype: dtype in which the optimizer runs, or ``"int8"``: moments in 8 bits.
       projector_dtype: dtype in which projectors are stored, also ``"int8"`` or ``"int4"``.
       seed: seed of every random number.
+      axis_name: mapped axes along which gradients differ, and over which they are averaged.
 
     Returns:
       The transformation; see `gale` for the ``refresh`` argument of its `update`.
@@ -135,6 +138,7 @@ def gale_muon(
     state_dtype: Any = None,
     projector_dtype: Any = "float32",
     seed: Any = 0,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon in low-rank subspaces: the projected momentum, orthogonalised.
 
@@ -171,6 +175,7 @@ def gale_muon(
       state_dtype: dtype in which the optimizer runs, or ``"int8"``: moments in 8 bits.
       projector_dtype: dtype in which projectors are stored, also ``"int8"`` or ``"int4"``.
       seed: seed of every random number.
+      axis_name: mapped axes along which gradients differ, and over which they are averaged.
 
     Returns:
       The transformation; see `gale` for the ``refresh`` argument of its `update`.
@@ -239,6 +244,7 @@ def gale_adafactor(
     state_dtype: Any = None,
     projector_dtype: Any = "float32",
     seed: Any = 0,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adafactor in low-rank subspaces: factored second moments of the projected gradient.
 
@@ -268,6 +274,7 @@ def gale_adafactor(
       state_dtype: dtype in which the optimizer runs, or ``"int8"``: moments in 8 bits.
       projector_dtype: dtype in which projectors are stored, also ``"int8"`` or ``"int4"``.
       seed: seed of every random number.
+      axis_name: mapped axes along which gradients differ, and over which they are averaged.
 
     Returns:
       The transformation; see `gale` for the ``refresh`` argument of its `update`.
@@ -335,6 +342,7 @@ def gale_lion(
     state_dtype: Any = None,
     projector_dtype: Any = "float32",
     seed: Any = 0,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lion with its momentum in low-rank subspaces.
 
@@ -361,6 +369,7 @@ def gale_lion(
       state_dtype: dtype in which the optimizer runs, or ``"int8"``: moments in 8 bits.
       projector_dtype: dtype in which projectors are stored, also ``"int8"`` or ``"int4"``.
       seed: seed of every random number.
+      axis_name: mapped axes along which gradients differ, and over which they are averaged.
 
     Returns:
       The transformation; see `gale` for the ``refresh`` argument of its `update`.
@@ -411,6 +420,7 @@ def gale_sgd(
     state_dtype: Any = None,
     projector_dtype: Any = "float32",
     seed: Any = 0,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD with its momentum in low-rank subspaces.
 
@@ -437,6 +447,7 @@ def gale_sgd(
       state_dtype: dtype in which the optimizer runs, or ``"int8"``: moments in 8 bits.
       projector_dtype: dtype in which projectors are stored, also ``"int8"`` or ``"int4"``.
       seed: seed of every random number.
+      axis_name: mapped axes along which gradients differ, and over which they are averaged.
 
     Returns:
       The transformation; see `gale` for the ``refresh`` argument of its `update`.

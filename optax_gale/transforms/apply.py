@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_gale import pallas
+from optax_gale._averages import AxisName
 from optax_gale.pallas import Implementation
 
 
@@ -22,6 +23,8 @@ class Halves(NamedTuple):
       update: ``(projected, state, params, *, like, **extra_args) -> (updates, state)``, ``like``
         with the shapes of the gradients.
       apply: ``(projected, state, params, implementation, **extra_args) -> (params, state)``.
+      axis_name: mapped axes over which projections are to be averaged before ``update`` or
+        ``apply``; ``project`` leaves that out.
       before: what sees the gradients before they are projected, if there is such a stage.
     """
 
@@ -29,6 +32,7 @@ class Halves(NamedTuple):
     project: Callable[..., tuple[Any, Any]]
     update: Callable[..., tuple[Any, Any]]
     apply: Callable[..., tuple[Any, Any]]
+    axis_name: AxisName = None
     before: optax.GradientTransformation | None = None
 
 

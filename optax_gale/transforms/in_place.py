@@ -67,7 +67,8 @@ class InPlaceStep(Step):
 
     def _served(self) -> dict[int, Implementation]:
         """The leaves whose projection a kernel serves, and which kernel."""
-        if self.options.residual is not None:  # which needs R
+        # Either needs R before the inner runs.
+        if self.options.residual is not None or self.options.axis_name is not None:
             return {}
         where = [i for i, projected in enumerate(self.projected) if projected]
         chosen = pallas.choose_project_update(

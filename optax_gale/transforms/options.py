@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_gale._averages import AxisName, checked_axis_name
 from optax_gale.transforms import moments as moments_lib
 from optax_gale.transforms import range_finders, refresh, selection
 from optax_gale.transforms.matrices import MatrixView
@@ -39,6 +40,7 @@ class Options:
     state_dtype: Any = None
     projector_dtype: Any = "float32"
     seed: Any = 0
+    axis_name: AxisName = None
     shape_scale: Callable[[MatrixView], float] | None = None
 
     def __post_init__(self):
@@ -53,6 +55,13 @@ class Options:
         if isinstance(self.scale, str) or self.scale is None:
             check_scale(self.scale)
         check_seed(self.seed)
+        object.__setattr__(self, "axis_name", checked_axis_name(self.axis_name))
+        if self.axis_name is not None and self.residual is not None:
+            raise ValueError(
+                f"residual={self.residual!r} needs the whole gradient in every step, and with "
+                f"axis_name={self.axis_name!r} only what is projected is averaged. Average the "
+                "gradients yourself, without `axis_name`, or use residual=None."
+            )
         moments_lib.check(self.moments)
         range_finders.resolve(self.range_finder)
         if self.state_dtype is not None:

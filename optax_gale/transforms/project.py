@@ -5,6 +5,7 @@ from typing import Any
 
 import optax
 
+from optax_gale._averages import AxisName
 from optax_gale.transforms.apply import Halves, extended
 from optax_gale.transforms.moments import Moments
 from optax_gale.transforms.options import Options
@@ -40,6 +41,7 @@ def gale_project(
     state_dtype: Any = None,
     projector_dtype: Any = "float32",
     seed: Any = 0,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Projects gradients into low-rank subspaces, for the stages that follow it.
 
@@ -65,6 +67,7 @@ def gale_project(
       state_dtype: dtype in which the following stages run, or ``"int8"``: moments in 8 bits.
       projector_dtype: dtype in which projectors are stored, also ``"int8"`` or ``"int4"``.
       seed: seed of every random number.
+      axis_name: mapped axes along which gradients differ, and over which they are averaged.
 
     Returns:
       The stage.
@@ -197,4 +200,4 @@ def _halves(own: Halves | None, before, pass_on) -> Halves | None:
         params, last = own.apply(projected, state[-1], params, implementation, **extra_args)
         return params, (*state[:-1], last)
 
-    return Halves(own.zeros, project, update, apply, before)
+    return Halves(own.zeros, project, update, apply, own.axis_name, before)

@@ -169,7 +169,7 @@ def _find(
 
     A gradient that is zero or not finite says nothing about its range.
     """
-    found = range_finders.resolve(options.range_finder)(requests)
+    found = range_finders.resolve(options.range_finder, options.axis_name)(requests)
     return [
         (shardings.match(new.astype(request.previous.dtype), request.previous), usable)
         for request, (new, usable) in zip(requests, found, strict=True)

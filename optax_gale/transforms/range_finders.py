@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_gale import linalg
+from optax_gale._averages import AxisName, averaged
 
 
 class RangeFinder(Protocol):
@@ -106,6 +107,7 @@ class Sketch:
         keys: Sequence[jax.Array],
         previous: Sequence[jax.Array],
         fallbacks: Sequence[jax.Array],
+        axis_name: AxisName = None,
     ) -> list[jax.Array]:
         """Finds the projectors of several leaves of one rank, which can be faster."""
         return linalg.range_finders(
@@ -120,6 +122,7 @@ class Sketch:
             fallbacks=fallbacks,
             sample_fraction=self.sample_fraction,
             align=self.align,
+            axis_name=axis_name,
         )
 
 
@@ -158,17 +161,22 @@ class Request(NamedTuple):
 
 def resolve(
     range_finder: RangeFinderName | RangeFinder,
+    axis_name: AxisName = None,
 ) -> Callable[[Sequence[Request]], list[tuple[jax.Array, jax.Array]]]:
     """Turns the `range_finder` option into a function of requests.
 
-    It finds their projectors, and tells which of them ``(*batch,)`` may be used.
+    It finds their projectors, and tells which of them ``(*batch,)`` may be used. Where gradients
+    are averaged over mapped axes, a sketch averages its products, and what looks at no gradient
+    nothing; the others get the average itself.
 
     Raises:
       ValueError: if it is an unknown name.
       TypeError: if it is neither a name nor a callable.
     """
     if range_finder == "svd":
-        return lambda requests: [_checked(_svd(request), request) for request in requests]
+        return lambda requests: [
+            _checked(_svd(request), request) for request in _averaged(requests, axis_name)
+        ]
     if isinstance(range_finder, str):
         if range_finder not in _NAMED:
             raise ValueError(
@@ -181,8 +189,20 @@ def resolve(
             f"`range_finder` must be a name, a `Sketch`, or a callable, got {range_finder!r}."
         )
     if type(range_finder) is Sketch:  # a subclass may be called in its own way
-        return functools.partial(_together, range_finder)
-    return lambda requests: [_checked(_one(range_finder, request), request) for request in requests]
+        return functools.partial(_together, range_finder, axis_name=axis_name)
+    if range_finder is _random:
+        return lambda requests: [
+            (p, _says_something(request.g, axis_name))
+            for request, p in ((request, _one(_random, request)) for request in requests)
+        ]
+    return lambda requests: [
+        _checked(_one(range_finder, request), request) for request in _averaged(requests, axis_name)
+    ]
+
+
+def _averaged(requests: Sequence[Request], axis_name: AxisName) -> list[Request]:
+    gs = averaged([request.g for request in requests], axis_name)
+    return [request._replace(g=g) for request, g in zip(requests, gs, strict=True)]
 
 
 def _checked(p: jax.Array, request: Request) -> tuple[jax.Array, jax.Array]:
@@ -190,12 +210,12 @@ def _checked(p: jax.Array, request: Request) -> tuple[jax.Array, jax.Array]:
     return p, _says_something(request.g) & jnp.isfinite(jnp.sum(p, axis=(-2, -1)))
 
 
-def _says_something(g: jax.Array) -> jax.Array:
+def _says_something(g: jax.Array, axis_name: AxisName = None) -> jax.Array:
     """Whether gradients have a range ``(*batch,)``: they are finite and not zero.
 
     A sum tells: unlike a maximum it cannot lose a NaN.
     """
-    size = jnp.sum(jnp.abs(g.astype(jnp.float32)), axis=(-2, -1))
+    size = averaged(jnp.sum(jnp.abs(g.astype(jnp.float32)), axis=(-2, -1)), axis_name)
     return jnp.isfinite(size) & (size > 0)
 
 
@@ -217,7 +237,9 @@ def _one(finder: RangeFinder, request: Request) -> jax.Array:
     return p
 
 
-def _together(sketch: Sketch, requests: Sequence[Request]) -> list[tuple[jax.Array, jax.Array]]:
+def _together(
+    sketch: Sketch, requests: Sequence[Request], axis_name: AxisName
+) -> list[tuple[jax.Array, jax.Array]]:
     """Serves requests of one rank in one call."""
     out: list[Any] = [None] * len(requests)
     for rank in dict.fromkeys(request.rank for request in requests):
@@ -227,11 +249,11 @@ def _together(sketch: Sketch, requests: Sequence[Request]) -> list[tuple[jax.Arr
         # A sketch that says nothing leaves no projector, so that none needs to be looked for in G.
         nothing = [jnp.full_like(p, jnp.nan) for p in previous]
         keys = [requests[i].key for i in places]
-        ps = sketch._together(xs, rank, keys, previous, nothing)
+        ps = sketch._together(xs, rank, keys, previous, nothing, axis_name)
         for i, x, p in zip(places, xs, ps, strict=True):
             usable = jnp.isfinite(jnp.sum(p, axis=(-2, -1)))
             if sketch.sample_fraction < 1:  # what was not read may not be finite
-                usable = usable & _says_something(x)
+                usable = usable & _says_something(x, axis_name)
             out[i] = p, usable
     return out
 

@@ -266,7 +266,10 @@ def _outermost(
 
     return extended(
         optax.GradientTransformationExtraArgs(init, update),
-        halves=Halves(within.zeros, project, update_projected, apply_projected, within.before),
+        halves=Halves(
+            *(within.zeros, project, update_projected, apply_projected),
+            *(within.axis_name, within.before),
+        ),
     )
 
 

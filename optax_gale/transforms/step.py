@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_gale import pallas
+from optax_gale._averages import averaged
 from optax_gale._products import operand, operand_dtype
 from optax_gale.transforms import inner as inner_lib
 from optax_gale.transforms import projectors as projectors_lib
@@ -102,7 +103,7 @@ class Step:
         chosen = [None if matrix is None else matrix.projection for matrix in self.matrices]
 
         def advance(inner_state):
-            still = jax.tree.map(jnp.zeros_like, self.project())
+            still = jax.tree.map(jnp.zeros_like, self._seen())
             params = self._inner_params(self.treedef.flatten_up_to(still))
             return self.inner.update(still, inner_state, params, **self.extra_args)[1]
 
@@ -130,6 +131,10 @@ class Step:
         """What the inner is to see of the gradients."""
         return self.treedef.unflatten([self._project_leaf(i) for i in range(len(self.leaves))])
 
+    def _seen(self) -> Any:
+        """What the inner sees: projections, averaged over mapped axes."""
+        return averaged(self.project(), self.options.axis_name)
+
     def _project_leaf(self, i: int) -> Any:
         """What the inner sees of a gradient."""
         leaf, matrix, weight = self.leaves[i], self.matrices[i], self.weights[i]
@@ -137,7 +142,7 @@ class Step:
 
     def run_inner(self, projected: Any = None) -> None:
         """Runs the inner on the gradients' projections, or on what was made of them before."""
-        self.gradients = self.project() if projected is None else projected
+        self.gradients = self._seen() if projected is None else projected
         params = self._inner_params(self.treedef.flatten_up_to(self.gradients))
         self.inner_updates, self.inner_state, self.decays = self._run(
             self.gradients, self.inner_state, params

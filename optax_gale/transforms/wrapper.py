@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_gale._averages import AxisName
 from optax_gale.pallas import Implementation
 from optax_gale.transforms import inner as inner_lib
 from optax_gale.transforms import moments as moments_lib
@@ -171,7 +172,10 @@ def wrap(
     return extended(
         optax.GradientTransformationExtraArgs(init, cast(Any, update)),
         in_place=in_place,
-        halves=Halves(zeros, project, update_projected, apply_projected),
+        halves=Halves(
+            *(zeros, project, update_projected, apply_projected),
+            axis_name=options.axis_name,
+        ),
     )
 
 
@@ -212,6 +216,7 @@ def gale(
     state_dtype: Any = None,
     projector_dtype: Any = "float32",
     seed: Any = 0,
+    axis_name: AxisName = None,
     full_rank: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs an Optax transformation in low-rank subspaces of the weight matrices.
@@ -260,6 +265,10 @@ def gale(
         1, which would not shrink. P is computed in float32; what is stored is what projects,
         back-projects, and turns the moments.
       seed: from which, with the leaf's path and the step, every random number derives.
+      axis_name: mapped axes (of `jax.shard_map`) along which gradients differ: those of a device's
+        own part of the batch. They are projected where they are, and the projections are averaged;
+        at a refresh also the products of the sketch (``"svd"`` and callables get the average of
+        the gradient itself). Leaves that are not projected are averaged as usual.
       full_rank: a transformation for the leaves that are not projected; None for ``inner``.
 
     Returns:
