@@ -23,6 +23,8 @@ Builder = Callable[[Settings, Schedule], optax.GradientTransformation]
 
 _SKETCH = tuple(field.name for field in dataclasses.fields(optax_gale.Sketch))
 _RATES = ("learning_rate", "adam_learning_rate")
+_NOT_NEGATIVE = ("eps", "adam_eps", "eps_root", "weight_decay", "min_dim_size_to_factor")
+_MOST_NS_STEPS = 100  # a handful does
 _DECAYS = ("b1", "b2", "adam_b1", "adam_b2", "beta", "momentum")
 
 
@@ -304,8 +306,21 @@ def _check(settings: Settings, size: LlamaSize) -> None:
     for key in _DECAYS:
         if not 0 <= settings.get(key, 0) < 1:
             raise UserError(f"{flag(key)} must be at least 0 and less than 1, got {settings[key]}")
-    if settings.get("ns_steps", 1) < 1:
-        raise UserError(f"--ns-steps must be at least 1, got {settings['ns_steps']}")
+    for key in _NOT_NEGATIVE:
+        if settings.get(key, 0) < 0:
+            raise UserError(f"{flag(key)} must be 0 or more, got {settings[key]}")
+    if not 1 <= settings.get("ns_steps", 1) <= _MOST_NS_STEPS:
+        raise UserError(
+            f"--ns-steps must be from 1 to {_MOST_NS_STEPS}, got {settings['ns_steps']}"
+        )
+    if not 0 < settings.get("decay_rate", 0.8) < 1:
+        raise UserError(
+            f"--decay-rate must be more than 0 and less than 1, got {settings['decay_rate']}"
+        )
+    if settings.get("scale", 1) <= 0:
+        raise UserError(f"--scale must be a positive number, got {settings['scale']}")
+    if settings.get("update_proj_gap", 1) < 1:
+        raise UserError(f"--update-proj-gap must be at least 1, got {settings['update_proj_gap']}")
     if settings.get("clipping_threshold", 1.0) <= 0:
         raise UserError(
             f"--clipping-threshold must be a positive number, got {settings['clipping_threshold']}"

@@ -346,7 +346,10 @@ class Trainer:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps other processes out of a run's folder; the system lifts the lock when this one ends."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--out {folder} cannot be a folder: {error.strerror}") from error
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

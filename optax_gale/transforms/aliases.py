@@ -49,7 +49,6 @@ def gale_adamw(
 
     ``gale(optax.adamw(learning_rate, ...), rank, ...)``.
 
-
     Args:
       learning_rate: step size, a number or a schedule.
       rank: rank of the subspaces; see `gale`.
@@ -147,7 +146,6 @@ def gale_muon(
         dW <- - learning_rate * sqrt(max(1, n / m)) * P orthogonalize(M)
 
     an update of rank r whose singular values are all about 1, at the memory of one moment.
-
 
     Args:
       learning_rate: step size, a number or a schedule.
@@ -251,7 +249,6 @@ def gale_adafactor(
     Without the parameter scale, which needs the whole weight's root mean square and which GaLore
     leaves out too.
 
-
     Args:
       learning_rate: step size, a number or a schedule.
       rank: rank of the subspaces; see `gale`.
@@ -348,7 +345,6 @@ def gale_lion(
 
     ``gale(optax.lion(learning_rate, ...), rank, ...)``.
 
-
     Args:
       learning_rate: step size, a number or a schedule.
       rank: rank of the subspaces; see `gale`.
@@ -425,7 +421,6 @@ def gale_sgd(
     r"""SGD with its momentum in low-rank subspaces.
 
     ``T <- momentum * T + R``, and the update is ``-learning_rate * P T``.
-
 
     Args:
       learning_rate: step size, a number or a schedule.

@@ -1,5 +1,6 @@
 """The comparison: arms, learning rates, divergence, restarts."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -160,3 +161,12 @@ def test_other_validation_data_is_refused_and_another_path_to_the_same_is_not(
     assert compared(tmp_path) == 2
     error = capsys.readouterr().err
     assert "results of sgd: the validation data's hash is" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("identity", [3, None, "settings"])
+def test_results_that_are_none(identity, tmp_path):
+    fields = {field.name: None for field in dataclasses.fields(compare.Trial)}
+    stored = {"a": {**fields, "identity": identity}}
+    (tmp_path / "results.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"is not readable: .*; delete it"):
+        compare.Results(tmp_path)

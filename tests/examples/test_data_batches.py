@@ -162,7 +162,7 @@ def test_fingerprints():
     [
         ({"batch_size": 0}, "batch_size must be positive, got 0"),
         ({"batch_size": 24}, "too few tokens for one batch: 23 training sequences of 4 tokens"),
-        ({"batch_size": 1, "seed": -1}, "seed must lie between"),
+        ({"batch_size": 1, "seed": -1}, "--seed must lie between"),
         ({"batch_size": 1, "num_epochs": 0}, "num_epochs must be positive, got 0"),
         ({"batch_size": 1, "workers": -1}, "workers must not be negative, got -1"),
     ],
@@ -185,7 +185,7 @@ def test_bad_validation_batch_size():
         ({"source": "text"}, "data source 'text' needs a path"),
         ({"source": "tokens"}, "data source 'tokens' needs a path"),
         ({"sequence_length": 1}, "sequence_length must be at least 2, got 1"),
-        ({"vocab_size": 0}, "vocab_size must be at least 2, got 0"),
+        ({"vocab_size": 0}, "--vocab-size must be at least 2, got 0"),
         ({"validation_fraction": 1.0}, "validation_fraction must lie between 0 and 1, got 1.0"),
         ({"validation_limit": 0}, "validation_limit must be positive, got 0"),
     ],

@@ -94,7 +94,7 @@ def test_scratch_of_killed_processes_is_removed_in_time(tmp_path):
 
 def test_no_place_for_the_cache(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot use the data cache .*file/name: .*cache_dir"):
+    with pytest.raises(UserError, match=r"cannot use the data cache .*file/name: .*--cache-dir"):
         cached(tmp_path / "file", "name", Build())
 
 
@@ -102,7 +102,7 @@ def test_full_disk(tmp_path):
     def build(folder):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match="No space left on device; choose another cache_dir"):
+    with pytest.raises(UserError, match="No space left on device; choose another --cache-dir"):
         cached(tmp_path, "name", build)
     assert os.listdir(tmp_path) == []
 

@@ -279,18 +279,18 @@ def test_unusable_tokenizers(tmp_path, config, folder):
     assert "cannot load the tokenizer" in error(
         config(folder, tokenizer=str(tmp_path / "bad.json"))
     )
-    assert "vocab_size of a trained BPE must be >= 259, got 200" in error(
+    assert "--vocab-size of a trained BPE must be >= 259, got 200" in error(
         config(folder, vocab_size=200)
     )
     train_bpe([sentence(0)], 280).save(str(tmp_path / "mine.json"))
     small = config(folder, vocab_size=270, tokenizer=str(tmp_path / "mine.json"))
-    assert "vocab_size=270 is less than the tokenizer's 280 ids" in error(small)
+    assert "--vocab-size 270 is less than the tokenizer's 280 ids" in error(small)
 
 
 def test_full_disk(tmp_path, config, folder):
     with conftest.small_files(1000):
         message = error(config(folder))
-    assert "cannot use the data cache" in message and "choose another cache_dir" in message
+    assert "cannot use the data cache" in message and "choose another --cache-dir" in message
 
 
 def test_the_hub_is_quiet_about_its_tries(config, folder, monkeypatch, caplog):

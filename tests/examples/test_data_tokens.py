@@ -138,7 +138,7 @@ def test_unusable_arrays(tmp_path, config, ids, message):
 
 def test_ids_outside_the_vocabulary(tmp_path, config):
     path = write(tmp_path / "ids.u16", np.array([*range(99), 512]))
-    assert "found token id 512, but vocab_size=512; raise it to at least 513" in error(
+    assert "found token id 512, but --vocab-size is 512; raise it to at least 513" in error(
         config(path, vocab_size=512)
     )
     assert load(config(path, vocab_size=513)).vocab_size == 513
@@ -161,7 +161,12 @@ def test_odd_number_of_bytes(tmp_path, config):
     assert "odd number of bytes" in error(config(tmp_path / "ids.bin"))
 
 
-@pytest.mark.parametrize("data", [b"", b"not numpy", b"\x93NUMPY\x01\x00"])
+DAMAGED_HEADER = b"\x93NUMPY\x01\x00" + bytes([20, 0]) + b"{'shape': (((1,), }\n"
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"not numpy", b"\x93NUMPY\x01\x00", b"PK\x03\x04xxxx", DAMAGED_HEADER]
+)
 def test_not_npy(tmp_path, config, data):
     (tmp_path / "ids.npy").write_bytes(data)
     assert "ids.npy: not a .npy array" in error(config(tmp_path / "ids.npy"))

@@ -192,3 +192,10 @@ def test_one_process_a_folder(nano, tmp_path, capsys):
         fcntl.flock(file, fcntl.LOCK_EX)
         assert cli.main(["train", *conftest.words(nano, optimizer="sgd", out=tmp_path)]) == 2
     assert "another process is training in" in capsys.readouterr().err
+
+
+def test_a_folder_is_needed(nano, tmp_path, capsys):
+    out = tmp_path / "file"
+    out.touch()
+    assert cli.main(["train", *conftest.words(nano, optimizer="sgd", out=out)]) == 2
+    assert f"--out {out} cannot be a folder: File exists" in capsys.readouterr().err

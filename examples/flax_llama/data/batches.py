@@ -54,7 +54,7 @@ def train_batches(
     if batch_size < 1:
         raise UserError(f"batch_size must be positive, got {batch_size}.")
     if not 0 <= seed < 2**32:
-        raise UserError(f"seed must lie between 0 and 2**32 - 1, got {seed}.")
+        raise UserError(f"--seed must lie between 0 and 2**32 - 1, got {seed}.")
     if num_epochs is not None and num_epochs < 1:
         raise UserError(f"num_epochs must be positive, got {num_epochs}.")
     if workers < 0:

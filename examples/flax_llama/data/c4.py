@@ -173,7 +173,7 @@ class _DocumentIterator(grain.DatasetIterator[str]):
             if not isinstance(text, str):
                 raise UserError(
                     f"{self._documents.origin}: no text in field {self._documents.field!r}, the "
-                    f"records have: {', '.join(row)}; set text_field."
+                    f"records have: {', '.join(row)}; set --text-field."
                 )
             self._empty = False
             return text

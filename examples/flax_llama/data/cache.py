@@ -48,7 +48,7 @@ def cached(cache_dir: Path, name: str, build: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise UserError(
             f"cannot use the data cache {folder}: {error.strerror or error}; "
-            "choose another cache_dir or make room in it."
+            "choose another --cache-dir or make room in it."
         ) from error
     return folder
 

@@ -77,9 +77,9 @@ class DataConfig:
         if self.sequence_length < 2:
             raise UserError(f"sequence_length must be at least 2, got {self.sequence_length}.")
         if self.vocab_size is not None and self.vocab_size < 2:
-            raise UserError(f"vocab_size must be at least 2, got {self.vocab_size}.")
+            raise UserError(f"--vocab-size must be at least 2, got {self.vocab_size}.")
         if self.vocab_size is not None and self.vocab_size > LARGEST_VOCAB:
-            raise UserError(f"vocab_size must be less than 2**31, got {self.vocab_size}.")
+            raise UserError(f"--vocab-size must be less than 2**31, got {self.vocab_size}.")
         if not 0 < self.validation_fraction < 1:
             raise UserError(
                 f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}."

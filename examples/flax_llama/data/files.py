@@ -186,7 +186,7 @@ def _jsonl(path: Path, field: str) -> Generator[Document]:
                 have = ", ".join(record) if isinstance(record, dict) else type(record).__name__
                 raise UserError(
                     f"{path}, line {number}: no text in field {field!r} (the line has: {have}); "
-                    "correct the line or set text_field."
+                    "correct the line or set --text-field."
                 )
             if not _is_unicode(text):
                 raise UserError(

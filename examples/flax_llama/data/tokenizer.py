@@ -31,9 +31,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         UserError: If ``vocab_size`` has no room for the bytes, or is beyond all sense.
     """
     if vocab_size < _SMALLEST:
-        raise UserError(f"vocab_size of a trained BPE must be >= {_SMALLEST}, got {vocab_size}.")
+        raise UserError(f"--vocab-size of a trained BPE must be >= {_SMALLEST}, got {vocab_size}.")
     if vocab_size > _LARGEST:
-        raise UserError(f"vocab_size of a trained BPE must be <= {_LARGEST}, got {vocab_size}.")
+        raise UserError(f"--vocab-size of a trained BPE must be <= {_LARGEST}, got {vocab_size}.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -122,8 +122,8 @@ class Encoder:
         self._unk_id = _first_id(tokenizer, _KNOWN_UNK)
         if self.vocab_size < total and (self._unk_id is None or self._unk_id >= self.vocab_size):
             raise UserError(
-                f"vocab_size={vocab_size} is less than the tokenizer's {total} ids, and it has no "
-                "unknown token to stand for the rest; leave vocab_size out."
+                f"--vocab-size {vocab_size} is less than the tokenizer's {total} ids, and it has "
+                "no unknown token to stand for the rest; leave --vocab-size out."
             )
 
     @property

@@ -83,7 +83,9 @@ def _map_ids(path: Path, cache_dir: Path) -> np.ndarray:
             return map_array(plain, np.dtype("<u2"))
         try:
             ids = np.load(plain, mmap_mode="r")
-        except (ValueError, EOFError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # a damaged header is read as Python, a zip file as one
             raise UserError(f"{path}: not a .npy array of ids ({error}).") from error
     return np.asarray(ids)
 
@@ -106,7 +108,7 @@ def _check_ids(path: Path, ids: np.ndarray, vocab_size: int | None) -> int:
         )
     if vocab_size and largest >= vocab_size:
         raise UserError(
-            f"{path}: found token id {largest}, but vocab_size={vocab_size}; raise it to at least "
-            f"{largest + 1} or use the tokenizer that the ids came from."
+            f"{path}: found token id {largest}, but --vocab-size is {vocab_size}; raise it to "
+            f"at least {largest + 1} or use the tokenizer that the ids came from."
         )
     return largest
