@@ -27,11 +27,12 @@ from examples.flax_llama.tables import markdown
 # An arm: its options, in whose absence the example's defaults hold (side=long for tiny, but for
 # GaLore), and its learning rates.
 _LOW_RANK = (1e-2, 2e-2, 4e-2)
+_TUNED = (*_LOW_RANK, 8e-2)
 TINY: dict[str, tuple[str, tuple[float, ...]]] = {
     "AdamW": ("optimizer=adamw", (1e-3, 2e-3, 4e-3)),
-    "optax.contrib.galore": ("optimizer=optax_galore", _LOW_RANK),
+    "optax.contrib.galore": ("optimizer=optax_galore", _TUNED),
     "GaLore": ("optimizer=galore", _LOW_RANK),
-    "GALE": ("optimizer=gale_adamw", _LOW_RANK),
+    "GALE": ("optimizer=gale_adamw", _TUNED),
     "GALE, side short": ("optimizer=gale_adamw side=short", _LOW_RANK),
     "GALE, moments kept": ("optimizer=gale_adamw moments=keep", _LOW_RANK),
     "GALE, moments reset": ("optimizer=gale_adamw moments=reset", _LOW_RANK),
