@@ -1,13 +1,13 @@
 """Updates in the backward pass where devices have parts of the batch, and averages are small."""
 
 import functools
-import re
 
 import chex
 import jax
 import numpy as np
 import optax
 import pytest
+from collectives import collectives
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -37,8 +37,7 @@ def run(train, step, steps=5):
     return params, jax.tree.map(lambda *xs: np.stack(xs), *metrics)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(("micro_batches", "check_vma"), [(1, True), (1, False), (2, True)])
 def test_is_the_step_of_the_whole_batch(micro_batches, check_vma):
     build = functools.partial(optax_gale.layerwise, MODEL, micro_batches=micro_batches)
     train = build(optimizer(axis_name="data"))
@@ -56,7 +55,7 @@ def test_is_the_step_of_the_whole_batch(micro_batches, check_vma):
     assert (metrics.grad_norm >= whole.grad_norm * 0.9999).all()
 
 
-@pytest.mark.parametrize("clip", ["hold", "two_pass", "previous"])
+@pytest.mark.parametrize("clip", ["hold", "two_pass"])
 def test_clipped_alike_on_all_devices(clip):
     train = optax_gale.layerwise(MODEL, optimizer(axis_name="data"), clip_norm=0.01, clip=clip)
     params, metrics = run(train, on_devices(train), steps=2)
@@ -83,12 +82,7 @@ def test_whole_gradients_of_layers_are_not_sent():
     arguments = (params, train.init(params), make_batch(0, SEQUENCES))
     program = jax.jit(jax.shard_map(step, mesh=mesh, **specs))
     text = program.lower(*arguments).compile().as_text()
-    shapes = set()
-    for line in text.splitlines():
-        if re.search(r"= .* all-reduce(-start)?\(", line):
-            found = re.findall(r"[a-z]+\d+\[([\d,]*)\]", line.split(" all-reduce")[0])
-            shapes |= {tuple(map(int, filter(None, shape.split(",")))) for shape in found}
-    sizes = sorted(int(np.prod(shape)) for shape in shapes)
+    sizes = sorted(size for _, found in collectives(text) for size in found)
     # The embedding and the head are at full rank; of a layer there are R, and vectors.
     assert sizes[-1] == VOCABULARY * WIDTH
     assert [size for size in sizes if size not in (VOCABULARY * WIDTH, 1)][-1] <= 4 * 24

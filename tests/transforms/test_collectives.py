@@ -1,0 +1,87 @@
+"""On sharded weights, nothing of a weight's size travels between devices."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from collectives import collectives
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_gale
+
+LAYERS, SHORT, LONG, RANK = 4, 64, 160, 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick(quick_compilation):
+    """Who holds what is decided before the optimisations."""
+
+
+LAYOUTS = {
+    "FSDP": (P("data", None), (SHORT, LONG)),
+    "FSDP, the longer side": (P(None, "data"), (SHORT, LONG)),
+    "tensor": (P(None, "model"), (SHORT, LONG)),
+    "both": (P("data", "model"), (SHORT, LONG)),
+    "both, tall": (P("data", "model"), (LONG, SHORT)),
+    "stacked, FSDP over layers": (P("data", None, "model"), (LAYERS, SHORT, LONG)),
+    "stacked, both": (P(None, "data", "model"), (LAYERS, SHORT, LONG)),
+}
+OPTIMIZERS = {
+    "adamw": optax_gale.gale_adamw(1e-2, RANK),
+    "muon": optax_gale.gale_muon(1e-2, RANK),
+    "8 bits": optax_gale.gale_adamw(1e-2, RANK, state_dtype="int8", projector_dtype="int8"),
+}
+
+
+def compiled(tx, spec, shape, kind, refresh):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(getattr(AxisType, kind),) * 2)
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
+    weight, specs = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}, {"kernel": spec}
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(tx.init, weight)
+        of_state = optax_gale.state_partition_specs(tx, weight, specs)
+        weight, state = (jax.tree.map(place, *x) for x in ((weight, specs), (state, of_state)))
+        step = lambda g, s, w: optax_gale.update_and_apply(tx, g, s, w, refresh=refresh)
+        shardings = jax.tree.map(lambda x: x.sharding, (weight, state))
+        options = {"out_shardings": shardings} if kind == "Auto" else {}
+        step = jax.jit(step, donate_argnums=(1, 2), **options)
+        return step.lower(weight, state, weight).compile().as_text()
+
+
+def check(tx, layout, kind, refresh):
+    spec, shape = LAYOUTS[layout]
+    sizes = [size for _, found in collectives(compiled(tx, spec, shape, kind, refresh))
+             for size in found]  # fmt: skip
+    # The projections of all layers, or what a sketch has of them.
+    assert max(sizes, default=0) <= math.prod(shape[:-2]) * RANK * LONG
+    return sizes
+
+
+@pytest.mark.parametrize("refresh", [False, True], ids=["between refreshes", "refresh"])
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_collective_has_a_weights_size(layout, kind, refresh):
+    sizes = check(OPTIMIZERS["adamw"], layout, kind, refresh)
+    assert refresh <= bool(sizes)
+
+
+@pytest.mark.parametrize("refresh", [False, True], ids=["between refreshes", "refresh"])
+@pytest.mark.parametrize("name", ["muon", "8 bits"])
+def test_whatever_runs_inside(name, refresh):
+    check(OPTIMIZERS[name], "both", "Auto", refresh)
+
+
+def test_where_the_projected_side_is_whole_nothing_is_sent_between_refreshes():
+    for layout in ("FSDP, the longer side", "tensor", "stacked, FSDP over layers"):
+        spec, shape = LAYOUTS[layout]
+        text = compiled(OPTIMIZERS["adamw"], spec, shape, "Auto", False)
+        assert not collectives(text)
+
+
+def test_the_check_can_fail():
+    spec, shape = LAYOUTS["both"]
+    svd = optax_gale.gale_adamw(1e-2, RANK, range_finder="svd")
+    sizes = [s for _, found in collectives(compiled(svd, spec, shape, "Auto", True)) for s in found]
+    assert max(sizes) >= SHORT * LONG
