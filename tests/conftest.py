@@ -1,6 +1,8 @@
 """Devices for the whole suite: 8 CPU devices, or the GPU where OPTAX_GALE_GPU=1 asks for it."""
 
+import gc
 import os
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 
 # Factorisations of small matrices gain nothing from threads, and OpenBLAS's would spin against
@@ -31,10 +33,57 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+def pytest_collection_finish():
+    # What is imported by now stays: the collector, which JAX's tracing keeps busy, may pass it by.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 10)
+
+
+@contextmanager
+def compiling_quickly():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """For small numbers, on which XLA's optimisations cost more than they save."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with compiling_quickly():
+        yield
+
+
+class QuickDocstrings:
+    """Quick compilation for the examples in docstrings, which fixtures from here do not reach."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        with compiling_quickly() if isinstance(item, pytest.DoctestItem) else nullcontext():
+            return (yield)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(QuickDocstrings())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Compiles what several tests have in common once: compiling is most of what they do.
+
+    The value is the environment that makes another process share it.
+    """
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield {name.upper(): str(value) for name, value in options.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)

@@ -106,6 +106,7 @@ def test_partition_with_a_per_leaf_tree_of_options():
         rank={"kernel": 2, "stack": 3, "bias": None},
         update_proj_gap={"kernel": 2, "stack": 5, "bias": 7},
         weight_dimension_numbers=numbers,
+        range_finder="svd",
     )
     both = optax.partition(
         {"gale": tx, "sgd": optax.sgd(0.1)}, {"kernel": "gale", "stack": "sgd", "bias": "gale"}

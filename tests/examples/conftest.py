@@ -17,27 +17,14 @@ def always_quick(quick_compilation):
     """Asked for by every test."""
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Compiles what several runs have in common once: compiling is nearly all that they do.
-
-    The value is the environment that makes another process share it.
-    """
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
+@pytest.fixture(scope="session")
+def environment(compilation_cache):
+    """The variables with which another process finds what this one has compiled."""
     key = {
         "jax_num_cpu_devices": jax.config.jax_num_cpu_devices,
         "jax_disable_most_optimizations": True,  # as `always_quick` does here
     }
-    yield {name.upper(): str(value) for name, value in {**options, **key}.items()}
-    for name, value in before.items():
-        jax.config.update(name, value)
+    return {**compilation_cache, **{name.upper(): str(value) for name, value in key.items()}}
 
 
 @pytest.fixture(scope="session")

@@ -82,14 +82,14 @@ def test_a_run_leaves_everything_behind(whole):
 
 
 def test_killed_and_started_again_gives_the_same_numbers(
-    options, whole, tmp_path, capsys, compilation_cache
+    options, whole, tmp_path, capsys, environment
 ):
     here = Path(__file__).parent
     words = ["train", *conftest.words(options, out=tmp_path)]
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(here), *words],
         cwd=here.parents[1],
-        env={**os.environ, **compilation_cache, "PYTHONPATH": str(here.parents[1])},
+        env={**os.environ, **environment, "PYTHONPATH": str(here.parents[1])},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -115,7 +115,8 @@ def test_killed_and_started_again_gives_the_same_numbers(
 def test_everything_that_saves_memory_goes_on_bit_for_bit(nano, tmp_path, capsys):
     words = conftest.words(
         nano, optimizer="gale_adamw", rank=4, update_proj_gap=4, state_dtype="int8",
-        projector_dtype="int4", layerwise=True, micro_batches=2, param_dtype="int8", out=tmp_path,
+        projector_dtype="int4", layerwise=True, micro_batches=2, param_dtype="int8",
+        select="down|query", out=tmp_path,
     )  # fmt: skip
     train(*words)
     through = [records(tmp_path, kind) for kind in ("train", "validation")]

@@ -6,6 +6,8 @@ from spectra import RANK, decays, orthogonality_error, with_spectrum
 
 from optax_gale.linalg import randomized_svd
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 M, N = 60, 45
 MATRICES = np.stack([with_spectrum(s, M, N) for s in decays(N).values()])

@@ -7,6 +7,8 @@ from spectra import RANK, decays, orthogonality_error, sine, with_spectrum
 
 from optax_gale.linalg import captured_energy, random_range, range_finder, svd_range
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 M, N = 60, 48
 OVERSAMPLING = 5

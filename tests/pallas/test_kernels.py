@@ -24,6 +24,11 @@ from .problems import (
     project_update_reference,
 )
 
+# On a GPU, tests look at the compiled programs.
+pytestmark = (
+    [] if jax.default_backend() == "gpu" else [pytest.mark.usefixtures("quick_compilation")]
+)
+
 # (shape, rank, leaves): matrices of the LLaMA sizes, and shapes that divide by nothing.
 LLAMA = [
     shape

@@ -21,6 +21,7 @@ from .triton_interpreter import install
 Apply, Update = back_project_apply.Tile, project_update.Tile
 
 pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
     pytest.mark.skipif(jax.default_backend() == "gpu", reason="the kernels run on the GPU itself"),
 ]

@@ -127,10 +127,10 @@ def test_the_first_gradient_decides_the_subspace():
     tx = optax_gale.gale_adamw(1e-2, 4, update_proj_gap=2)
     accumulated = Train(optax_gale.accumulate(tx, K))
     state = accumulated.tx.init(params)
-    current = params
+    current, update = params, jax.jit(tx.update)
     for step in range(4):
         first = gradients(params, step * K)
-        refreshed = tx.update(first, state.inner_state, current)[1].projector
+        refreshed = update(first, state.inner_state, current)[1].projector
         for i in range(K):
             grads = gradients(params, step * K + i)
             current, state = accumulated.step(current, state, grads)

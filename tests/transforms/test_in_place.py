@@ -206,8 +206,10 @@ def test_refresh_is_the_callers_choice_without_a_conditional():
             lambda g, s, p, r=refresh: optax_gale.update_and_apply(tx, g, s, p, refresh=r)
         )(grads, state, params)
         assert " cond[" not in str(program)
-        found = optax_gale.update_and_apply(tx, grads, state, params, refresh=refresh)
-        expected = in_two_calls(tx, grads, state, params, refresh=refresh)
+        found, expected = (
+            jax.jit(functools.partial(step, tx, refresh=refresh))(grads, state, params)
+            for step in (optax_gale.update_and_apply, in_two_calls)
+        )
         chex.assert_trees_all_close(found, expected, atol=2e-6)
     with pytest.raises(TypeError, match="refresh"):
         optax_gale.update_and_apply(tx, grads, state, params, refresh=1)

@@ -235,8 +235,9 @@ def test_gradients_that_are_held_are_not_rounded(name):
     wide = {"kernel": (64, 2048)}
     params, grads = draw(0, wide), draw(1, wide)
     alone = optax_gale.quantize_states(inner, min_size=0)
-    within = optax_gale.gale(inner, RANK, state_dtype="int8", side="short")
-    around = optax_gale.quantize_states(optax_gale.gale(inner, RANK), min_size=0)
+    within = optax_gale.gale(inner, RANK, state_dtype="int8", side="short", range_finder="svd")
+    gale = optax_gale.gale(inner, RANK, range_finder="svd")
+    around = optax_gale.quantize_states(gale, min_size=0)
     for tx in (alone, within, around):
         state = tx.init(params)
         _, state = jax.jit(tx.update)(grads, state, params)
@@ -380,11 +381,12 @@ def test_updates_refuse_what_is_not_theirs():
 def test_vmap_is_a_loop():
     tx = optax_gale.quantize_states(optax.adam(0.1), min_size=0, stochastic_rounding=True)
     params = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), draw(0))
-    states = jax.vmap(tx.init)(params)
-    updates, states = jax.vmap(tx.update)(params, states, params)
+    states = jax.jit(jax.vmap(tx.init))(params)
+    updates, states = jax.jit(jax.vmap(tx.update))(params, states, params)
+    update = jax.jit(tx.update)
     for i in range(2):
         one = jax.tree.map(lambda x, i=i: x[i], params)
-        alone, state = tx.update(one, tx.init(one), one)
+        alone, state = update(one, tx.init(one), one)
         chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], updates), alone, rtol=1e-5)
         chex.assert_trees_all_equal_shapes_and_dtypes(
             jax.tree.map(lambda x, i=i: x[i], states), state
@@ -482,15 +484,20 @@ def test_moments_are_turned_by_the_projectors_that_are_stored(projector):
 def test_decay_of_whole_weights(name):
     """The update with weights less the update without: exactly ``-lr * decay * W``."""
     make = {
-        "alias": lambda: optax_gale.gale_adamw(0.1, RANK, state_dtype="int8", weight_decay=0.3),
+        "alias": lambda: optax_gale.gale_adamw(
+            0.1, RANK, state_dtype="int8", weight_decay=0.3, range_finder="svd"
+        ),
         "wrapped inner": lambda: optax_gale.gale(
-            optax_gale.quantize_states(optax.adamw(0.1, weight_decay=0.3), min_size=0), RANK
+            optax_gale.quantize_states(optax.adamw(0.1, weight_decay=0.3), min_size=0),
+            RANK,
+            range_finder="svd",
         ),
         "stochastic": lambda: optax_gale.gale(
             optax_gale.quantize_states(
                 optax.adamw(0.1, weight_decay=0.3), min_size=0, stochastic_rounding=True
             ),
             RANK,
+            range_finder="svd",
         ),
     }[name]
     tx, params = make(), draw(0)
@@ -509,7 +516,8 @@ def test_decay_of_whole_weights(name):
 
 @pytest.mark.parametrize("projector", ["float32", "int8", "int4"])
 def test_update_and_apply_is_the_two_calls(projector):
-    tx, params, grads = GALES["wrapped inner"](projector_dtype=projector), draw(0), draw(1)
+    tx = GALES["wrapped inner"](projector_dtype=projector, range_finder="svd")
+    params, grads = draw(0), draw(1)
     state = tx.init(params)
 
     @jax.jit
@@ -708,7 +716,9 @@ def test_half_precision_gradients_meet_one_rounded_projector():
 @pytest.mark.parametrize(("rank", "shrinks"), [(1, False), (2, True)])
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_a_projector_that_would_grow_stays_in_float32(rank, shrinks, dtype):
-    tx = optax_gale.gale(optax.adamw(0.03), rank, projector_dtype=dtype, side="short")
+    tx = optax_gale.gale(
+        optax.adamw(0.03), rank, projector_dtype=dtype, side="short", range_finder="svd"
+    )
     params = {k: draw(0)[k] for k in QUANTISED}
     state, update = tx.init(params), jax.jit(tx.update)
     for k in range(2):
