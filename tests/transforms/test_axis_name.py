@@ -147,7 +147,10 @@ def test_whatever_it_is_part_of(name):
     got = run(make(axis_name="data"), **options)
     options = {k: v for k, v in options.items() if k != "check_vma"}
     wanted = run_averaged(make(), **options)
-    chex.assert_trees_all_close(got[0], wanted[0], atol=1e-4)
+    # A code on the edge of two falls to either side where a sum is rounded otherwise.
+    bound = 0.02 if name == "8 bits" else 1e-3
+    for x, y in zip(jax.tree.leaves(got[0]), jax.tree.leaves(wanted[0]), strict=True):
+        assert jnp.linalg.norm(x - y) < bound * jnp.linalg.norm(y)
 
 
 def test_half_precision():
