@@ -30,6 +30,19 @@ def describe() -> dict[str, str]:
     }
 
 
+def preallocated(share: float | None) -> dict[str, str]:
+    """The variables of a process whose allocator takes a share of the GPU's memory at once.
+
+    One that grows piece by piece leaves gaps, and counts them.
+    """
+    ours = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+    variables = {name: value for name, value in os.environ.items() if name not in ours}
+    variables["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"
+    if share is not None:  # where there is a GPU
+        variables["XLA_CLIENT_MEM_FRACTION"] = f"{share:.6f}"
+    return variables
+
+
 def store(stem: Path, lines: Sequence[str], **record: Any) -> None:
     """Writes a table to ``stem.md``, and a record with the environment to ``stem.json``."""
     stem.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ import optax
 import tyro
 
 import optax_gale
-from benchmarks.environment import store
+from benchmarks.environment import preallocated, store
 from benchmarks.gpu.store import Row, slug
 from examples.flax_llama import optimizers
 from examples.flax_llama.config import FloatName, OptimizerOptions, TrainingOptions
@@ -144,11 +144,7 @@ def in_its_own_process(name: str) -> Row:
         capture_output=True,
         text=True,
         check=False,
-        # An allocator that grows piece by piece leaves gaps, and counts them.
-        env={
-            **{**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "true"},
-            "XLA_CLIENT_MEM_FRACTION": "0.95",
-        },
+        env=preallocated(0.95),
     )
     if done.returncode:
         print(done.stderr, file=sys.stderr)

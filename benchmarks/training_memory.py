@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import tyro
 
+from benchmarks.environment import preallocated
 from benchmarks.gpu.store import Row, Store, provenance, slug
 from benchmarks.memory_cases import (
     ADAMW,
@@ -136,15 +137,12 @@ def environment(config: Config, limit: float | None, total: int | None) -> dict[
       limit: GiB that the allocator may have; None for nearly all.
       total: the device's memory in bytes; None where there is no GPU.
     """
-    ours = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
-    variables = {k: v for k, v in os.environ.items() if k not in ours}
-    # A run without the limit finds what the limited one compiled.
-    variables.setdefault("JAX_COMPILATION_CACHE_DIR", str((config.runs / "compiled").absolute()))
+    share = None
     if total is not None:
         share = config.share if limit is None else limit * GIB / total
-        variables["XLA_CLIENT_MEM_FRACTION"] = f"{share:.6f}"
-    # An allocator that grows piece by piece leaves gaps, and counts them.
-    variables["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"
+    variables = preallocated(share)
+    # A run without the limit finds what the limited one compiled.
+    variables.setdefault("JAX_COMPILATION_CACHE_DIR", str((config.runs / "compiled").absolute()))
     return variables
 
 

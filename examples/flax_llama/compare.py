@@ -101,7 +101,7 @@ class Results:
                 stored = json.loads(self._path.read_text())
                 self.trials = {name: Trial(**fields) for name, fields in stored.items()}
                 for trial in self.trials.values():
-                    dict(trial.identity)
+                    dict(trial.identity)  # raises if it is no mapping
             except (ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"{self._path} is not readable: {error}; delete it") from error
 

@@ -46,7 +46,8 @@ def fullest(program: Program) -> Fullest:
     flow = _Flow(program)
     scope, returned = flow.follow(program.entry, [])
     if not program.is_placed:  # what is returned is no temporary
-        spans = {b: span for b, span in scope.spans.items() if b not in _all(returned)}
+        results = _all(returned)
+        spans = {b: span for b, span in scope.spans.items() if b not in results}
         scope = scope._replace(spans=spans)
     _, alive = _search(program.buffers, scope, frozenset(), (-1, frozenset()))
     sizes = {"gradients": 0, "activations": 0, "work": 0}

@@ -245,30 +245,27 @@ def _apply_by_row(equation: Any, operands: list[str]) -> list[str]:
     function = called(equation)
     if function is not None:
         return _by_row(getattr(function, "jaxpr", function), operands)
-    results = [_one_by_row(equation, operands, var) for var in equation.outvars]
-    watched = any(x in (_OF_ROWS, _MIXED) for x in operands)
-    return (
-        results
-        if watched
-        else [
-            x if x != _MIXED else _of_size(var)
-            for x, var in zip(results, equation.outvars, strict=True)
-        ]
-    )
+    depends = not {_OF_ROWS, _MIXED}.isdisjoint(operands)
+    return [
+        _one_by_row(equation, operands, var) or (_MIXED if depends else _of_size(var))
+        for var in equation.outvars
+    ]
 
 
-def _one_by_row(equation: Any, operands: list[str], result: Any) -> str:
-    """A result of a primitive; mixed where nothing is known of it."""
-    name, params, first = equation.primitive.name, equation.params, operands[0] if operands else ""
+def _one_by_row(equation: Any, operands: list[str], result: Any) -> str | None:
+    """A result of a primitive; None where nothing is known of it."""
     if _MIXED in operands or not operands:
-        return _MIXED
+        return None
+    name, params, first = equation.primitive.name, equation.params, operands[0]
     shape, given = result.aval.shape, equation.invars[0].aval.shape
     if name in _BY_ROW:
         if _FREE in operands:
-            return _MIXED if _OF_ROWS in operands else _FREE
+            return None if _OF_ROWS in operands else _FREE
         return _OF_ROWS if _OF_ROWS in operands else _ALIKE
+    if name == "pad" and operands[1] == _ALIKE:  # with a number
+        operands = operands[:1]
     if len(operands) > 1 and name != "concatenate":
-        return _MIXED
+        return None
     if name == "broadcast_in_dim":
         places = params["broadcast_dimensions"]
         if first != _OF_ROWS and (0 not in places or given[places.index(0)] == 1):
@@ -288,7 +285,7 @@ def _one_by_row(equation: Any, operands: list[str], result: Any) -> str:
         keeps = params["padding_config"][0] == (0, 0, 0)
     elif name == "concatenate":
         alike = set(operands) <= {_OF_ROWS, _ALIKE} and params["dimension"] != 0
-        return (_OF_ROWS if _OF_ROWS in operands else _ALIKE) if alike else _MIXED
+        return (_OF_ROWS if _OF_ROWS in operands else _ALIKE) if alike else None
     else:
-        return _MIXED
-    return first if keeps else _MIXED
+        return None
+    return first if keeps else None

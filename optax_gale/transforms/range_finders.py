@@ -191,10 +191,7 @@ def resolve(
     if type(range_finder) is Sketch:  # a subclass may be called in its own way
         return functools.partial(_together, range_finder, axis_name=axis_name)
     if range_finder is _random:
-        return lambda requests: [
-            (p, _says_something(request.g, axis_name))
-            for request, p in ((request, _one(_random, request)) for request in requests)
-        ]
+        return lambda requests: [_checked(_one(_random, r), r, axis_name) for r in requests]
     return lambda requests: [
         _checked(_one(range_finder, request), request) for request in _averaged(requests, axis_name)
     ]
@@ -205,9 +202,11 @@ def _averaged(requests: Sequence[Request], axis_name: AxisName) -> list[Request]
     return [request._replace(g=g) for request, g in zip(requests, gs, strict=True)]
 
 
-def _checked(p: jax.Array, request: Request) -> tuple[jax.Array, jax.Array]:
+def _checked(
+    p: jax.Array, request: Request, axis_name: AxisName = None
+) -> tuple[jax.Array, jax.Array]:
     """A projector, and whether it may be used."""
-    return p, _says_something(request.g) & jnp.isfinite(jnp.sum(p, axis=(-2, -1)))
+    return p, _says_something(request.g, axis_name) & jnp.isfinite(jnp.sum(p, axis=(-2, -1)))
 
 
 def _says_something(g: jax.Array, axis_name: AxisName = None) -> jax.Array:

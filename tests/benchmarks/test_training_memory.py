@@ -90,6 +90,14 @@ def test_a_limit_is_a_share_of_the_whole_memory(config, monkeypatch):
     assert free["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
     assert free["JAX_COMPILATION_CACHE_DIR"] == found["JAX_COMPILATION_CACHE_DIR"]
     assert "XLA_CLIENT_MEM_FRACTION" not in training_memory.environment(config, None, None)
+    half = dataclasses.replace(config, share=0.5)
+    shared = training_memory.environment(half, None, 96 * GIB)
+    assert float(shared["XLA_CLIENT_MEM_FRACTION"]) == 0.5
+    # A share is for runs without a limit; and what needs more than it has is not tried.
+    assert training_memory.environment(half, 24, 96 * GIB) == found
+    half = dataclasses.replace(half, dry=False)
+    assert "needs 72 GiB" in training_memory.refusal(half, training_memory.WHOLE_SPEED, 96 * GIB)
+    assert training_memory.refusal(half, training_memory.THIRTEEN, 48 * GIB) is None
 
 
 @ON_CPU

@@ -275,3 +275,16 @@ def test_orthonormal_on_a_gpu(m, n, rank):
     g = (a * 2.0 ** -jnp.arange(64)) @ jnp.swapaxes(b, -1, -2) + 1e-3 * noise
     p = jax.jit(range_finder, static_argnums=2)(KEY, g.astype(jnp.bfloat16), rank)
     assert orthogonality_error(np.asarray(p)).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("power_iterations", [0, 1])
+def test_the_range_of_an_average(power_iterations):
+    parts = G * jnp.asarray([0.5, 1.5], G.dtype)[:, None, None, None]
+    find = lambda g, axis_name: range_finder(
+        KEY, g, RANK, power_iterations=power_iterations, align=True, axis_name=axis_name
+    )
+    got = jax.vmap(lambda g: find(g, "parts"), axis_name="parts")(parts)
+    assert np.array_equal(got[0], got[1])
+    assert np.max(orthogonality_error(got[0])) < TOLERANCE
+    energies = [captured_energy(p, G) for p in (got[0], find(G, None))]
+    np.testing.assert_allclose(*energies, atol=0.02)

@@ -1,5 +1,7 @@
 """Large leaves that take their steps in blocks of rows."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 import optax_gale
 from optax_gale.training import rows
 
-from .models import MODEL, make_batch, make_params
+from .models import LAYERS, MODEL, make_batch, make_params
 
 BLOCKS = 5
 
@@ -135,13 +137,17 @@ def test_layer_by_layer(clip, monkeypatch):
         for i in range(6):
             params, state, metrics = step(params, state, make_batch(i))
             norms.append(metrics.grad_norm)
-        return (params, norms, state.count), text.count("scan[")
+        lengths = [int(length) for length in re.findall(r"\blength=(\d+)", text)]
+        return (params, norms, state.count), text.count("scan["), lengths
 
-    got, scans = run()
+    got, scans, lengths = run()
     monkeypatch.setattr(rows, "LARGE", 2**30)
-    wanted, fewer = run()
+    wanted, fewer, _ = run()
     chex.assert_trees_all_close(got, wanted, atol=2e-4, rtol=1e-4)
     assert scans == fewer + 2
+    # Forward, the head's 16 rows in 8 blocks, backward, the embedding.
+    walks = [length for length in lengths if length in (LAYERS, BLOCKS, 8)]
+    assert walks[-4:] == [LAYERS, 8, LAYERS, BLOCKS]
 
 
 @pytest.mark.gpu  # CPUs drop the barrier that orders reading before writing, and copy

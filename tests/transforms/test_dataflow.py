@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from optax_gale.transforms.dataflow import dependences, sources
+from optax_gale.transforms.dataflow import dependences, keeps_rows_apart, sources
 
 X = jnp.ones((2, 3))
 
@@ -88,3 +88,32 @@ SOURCES = {
 def test_sources(name):
     function, expected = SOURCES[name]
     assert sources(function, (X, X, X), (0, 1, None)) == [frozenset(expected)]
+
+
+BY_ROWS = {
+    "elementwise": (lambda x, y, s: jnp.where(x > y, jnp.sqrt(jnp.abs(x)), y * s[0, 0]), True),
+    "sums of rows": (lambda x, y, s: x / jnp.sum(y, axis=1, keepdims=True), True),
+    "rows in blocks": (lambda x, y, s: jnp.max(x.reshape(2, 3, 1), axis=1), True),
+    "rows, padded and cut": (lambda x, y, s: jnp.pad(x, ((0, 0), (0, 2)))[:, 1:4], True),
+    "rows side by side": (lambda x, y, s: jnp.concatenate([x, y, jnp.ones_like(x)], 1), True),
+    "columns exchanged": (lambda x, y, s: jnp.swapaxes(x.reshape(2, 3, 1), 1, 2), True),
+    "numbers of columns": (lambda x, y, s: x * jnp.arange(3.0), True),
+    "what depends on none": (lambda x, y, s: (x, jnp.cumsum(s), s @ s.T), True),
+    "a draw": (lambda x, y, s: x + jax.random.uniform(jax.random.key(0), x.shape), True),
+    "sums of columns": (lambda x, y, s: x - jnp.sum(x, axis=0), False),
+    "another's rows": (lambda x, y, s: x + s, False),
+    "numbers of rows": (lambda x, y, s: x * jnp.arange(2.0)[:, None], False),
+    "padded rows": (lambda x, y, s: jnp.pad(x, ((0, 1), (0, 0))), False),
+    "some rows": (lambda x, y, s: x[:1], False),
+    "more rows": (lambda x, y, s: jnp.concatenate([x, y]), False),
+    "transposed": (lambda x, y, s: x.T, False),
+    "in another shape": (lambda x, y, s: x.reshape(3, 2), False),
+    "a product": (lambda x, y, s: x @ y.T, False),
+    "a loop": (lambda x, y, s: jax.lax.fori_loop(0, 3, lambda _, z: z + 1, x), False),
+}
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_rows_apart(name):
+    function, expected = BY_ROWS[name]
+    assert keeps_rows_apart(function, (X, X, X), (True, True, False)) == expected
