@@ -8,11 +8,13 @@ from optax_gale.training import (
     LayerwiseMetrics,
     LayerwiseState,
     StepMemoryReport,
+    TrafficReport,
     dequantize_weights,
     largest_batch,
     layerwise,
     quantize_weights,
     step_memory_report,
+    traffic_report,
 )
 from optax_gale.transforms import (
     AccumulateState,
@@ -68,6 +70,7 @@ __all__ = [
     "Sketch",
     "StepMemoryReport",
     "StochasticRoundingState",
+    "TrafficReport",
     "accumulate",
     "chain",
     "dequantize_weights",
@@ -90,6 +93,7 @@ __all__ = [
     "state_partition_specs",
     "step_memory_report",
     "stochastic_rounding",
+    "traffic_report",
     "training",
     "update_and_apply",
 ]

@@ -9,6 +9,10 @@ from importlib.metadata import version
 # XLA's and against the other test processes. Read when SciPy, which JAX imports, is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# The size of XLA's thread pool, otherwise that of the devices below: programs on all of them would
+# then hold all threads, and LAPACK's batches wait for more. Read when JAX's client is made.
+os.environ.setdefault("NPROC", "32")
+
 if version("jaxlib").startswith("0.10."):
     # The other code generator takes several times as long, and compiling is nearly all that these
     # tests do. Later releases leave no choice. In front, so that the caller's own flags win.

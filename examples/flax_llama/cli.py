@@ -6,7 +6,9 @@ python -m examples.flax_llama memory    prints where the memory of a training wo
 """
 
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import tyro
 
@@ -29,22 +31,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit status: 0, 2 after such a line, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    config = None
+    config, status = None, 0
     try:
         config = _parse(words)
         _run(config)
     except UserError as error:
-        return _complain(str(error), 2)
+        status = _complain(str(error), 2)
     except OSError as error:
-        return _complain(str(error), 2)
+        status = _complain(str(error), 2)
     except KeyboardInterrupt:
-        return _complain(_stopped(config), 130)
-    except RuntimeError as error:  # JAX's errors, without importing JAX
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        status = _complain(_stopped(config), 130)
+    except Exception as error:
+        # JAX's errors are RuntimeErrors; JAX may not have been imported.
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            advice = "lower --batch-size, raise --loss-chunks, or set --remat True"
+            status = _complain(f"out of memory: {advice} ({str(error).splitlines()[0]})", 2)
+        elif _is_one_of_several(config):
+            traceback.print_exc()
+            status = 1
+        else:
             raise
-        advice = "lower --batch-size, raise --loss-chunks, or set --remat True"
-        return _complain(f"out of memory: {advice} ({str(error).splitlines()[0]})", 2)
-    return 0
+    if status and _is_one_of_several(config):
+        from examples.flax_llama import processes
+
+        processes.leave(status)
+    return status
 
 
 def _parse(words: list[str]) -> TrainConfig | CompareConfig | MemoryConfig:
@@ -99,6 +110,10 @@ def _stopped(config: TrainConfig | CompareConfig | MemoryConfig | None) -> str:
             return f"stopped; {condition}the same command goes on from the last checkpoint"
         return "stopped; there is no checkpoint, the same command starts from step 0"
     return "stopped"
+
+
+def _is_one_of_several(config: Any) -> bool:
+    return isinstance(config, TrainConfig) and config.devices.coordinator is not None
 
 
 def _complain(line: str, status: int) -> int:

@@ -19,6 +19,8 @@ from examples.flax_llama.sizes import SIZES, LlamaSize, get_size
 FloatName = Literal["float32", "bfloat16"]
 ClipName = Literal["hold", "two_pass", "previous"]
 
+MESH_AXES = ("data", "fsdp", "tensor")
+
 _MOST_DIFFERENCES = 3  # an error is one line
 _PICTURES = (".png", ".svg", ".pdf")
 
@@ -215,6 +217,69 @@ class TrainingOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class DeviceOptions:
+    """Which devices train, and how they share the work.
+
+    Nothing here changes a run's numbers by more than rounding: it may go on with another mesh and
+    another number of processes.
+    """
+
+    mesh: str | None = None
+    """Devices along each axis, such as data=2,fsdp=4,tensor=1. Devices along data hold the same
+    weights; along fsdp they share weights and optimizer state, and gather a layer when they need
+    it; along tensor they share the work on every matrix. An axis that is left out has one. By
+    default a single device, or, with several processes, data=ALL."""
+    coordinator: str | None = None
+    """Train in several processes: HOST:PORT of the first one, or auto where a cluster tells it
+    (SLURM, Open MPI, Kubernetes)."""
+    processes: int | None = None
+    """Number of processes. With --coordinator auto the cluster tells it."""
+    process_id: int | None = None
+    """Number of this process, from 0. With --coordinator auto the cluster tells it."""
+    lost_after: int = 60
+    """Seconds without a sign of life after which a process counts as lost, and the others end."""
+
+    def check(self) -> None:
+        """Raises `UserError` at the first value that makes no sense."""
+        self.axes()
+        _positive("--lost-after", self.lost_after)
+        numbers = {"--processes": self.processes, "--process-id": self.process_id}
+        if self.coordinator is None or self.coordinator == "auto":
+            for name, value in numbers.items():
+                if value is not None:
+                    raise UserError(f"{name} goes with --coordinator HOST:PORT; add that")
+            return
+        for name, value in numbers.items():
+            if value is None:
+                raise UserError(f"--coordinator {self.coordinator} needs {name}")
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise UserError(f"--coordinator must be HOST:PORT or auto, got '{self.coordinator}'")
+        _positive("--processes", self.processes or 0)
+        if not 0 <= (self.process_id or 0) < (self.processes or 0):
+            raise UserError(
+                f"--process-id must be 0 to {(self.processes or 0) - 1}, got {self.process_id}"
+            )
+
+    def axes(self) -> dict[str, int] | None:
+        """Devices along every axis of the mesh; None where no mesh is asked for."""
+        if self.mesh is None:
+            return None
+        sizes = dict.fromkeys(MESH_AXES, 1)
+        given = set[str]()
+        for part in self.mesh.split(","):
+            axis, _, number = (word.strip() for word in part.partition("="))
+            if axis not in sizes or axis in given or not number.isdecimal() or not int(number):
+                raise UserError(
+                    f"--mesh must read like data=2,fsdp=4,tensor=1, each axis at most once, got "
+                    f"'{self.mesh}'"
+                )
+            given.add(axis)
+            sizes[axis] = int(number)
+        return sizes
+
+
+@dataclasses.dataclass(frozen=True)
 class OutputOptions:
     """What is written, and how often."""
 
@@ -257,6 +322,7 @@ class TrainConfig:
     training: TrainingOptions = TrainingOptions()
     model: ModelOptions = ModelOptions()
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    devices: DeviceOptions = DeviceOptions()
     output: OutputOptions = OutputOptions()
 
     @property
@@ -266,6 +332,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises `UserError` at the first value that makes no sense."""
+        self.devices.check()
         _check_run(self)
 
 

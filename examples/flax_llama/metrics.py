@@ -74,6 +74,22 @@ class MetricsLog:
                 self._events.close()
 
 
+class NoLog(MetricsLog):
+    """Keeps nothing: another process does."""
+
+    def __init__(self) -> None:
+        """Opens nothing."""
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 class TensorBoard:
     """Writes event files.
 

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,14 +16,18 @@ class Prefetch:
     iterator had right after it: ``position`` belongs to the last batch that was handed out.
     """
 
-    def __init__(self, batches: Any, *, depth: int = 4):
+    def __init__(
+        self, batches: Any, *, depth: int = 4, place: Callable[[Any], Any] = jax.device_put
+    ):
         """Starts the thread.
 
         Args:
           batches: an iterator of dictionaries of NumPy arrays, with Grain's ``get_state``.
           depth: how many batches to hold.
+          place: puts a batch on the devices.
         """
         self.position: Any = batches.get_state()
+        self._place = place
         self._transfer = threading.Lock()
         self._queue: queue.Queue[Any] = queue.Queue(depth)
         self._stopped = threading.Event()
@@ -36,7 +40,7 @@ class Prefetch:
         try:
             for batch in batches:
                 with self._transfer:
-                    on_device = jax.block_until_ready(jax.device_put(batch))
+                    on_device = jax.block_until_ready(self._place(batch))
                 if not self._put((on_device, batches.get_state())):
                     return
             self._put(StopIteration())

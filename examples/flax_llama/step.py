@@ -119,26 +119,38 @@ def trace_init(
 
 
 def first_state(
-    model: Llama, tx: optax.GradientTransformation, seed: int, walk: Walk = WHOLE
+    model: Llama,
+    tx: optax.GradientTransformation,
+    seed: int,
+    walk: Walk = WHOLE,
+    shardings: tuple[Any, Any, Any] | None = None,
 ) -> TrainState:
     """Makes the state that `trace_init` describes, a few arrays at a time.
+
+    Its numbers do not depend on ``shardings``, which say where they lie.
 
     What a program needs besides its results, it needs on top of all of them: random bits take 32
     bits a number, also for weights of 16. Made in pieces, the first state needs no more memory than
     the steps that follow.
     """
-    params = _in_pieces(lambda: walk.store(_initial_weights(model, seed)))
-    opt_state = _in_pieces(functools.partial(walk.init, tx), params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+    of_step, of_params, of_state = shardings or (None, None, None)
+    step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=of_step)()
+    params = _in_pieces(lambda: walk.store(_initial_weights(model, seed)), of_params)
+    opt_state = _in_pieces(functools.partial(walk.init, tx), of_state, params)
+    return TrainState(step, params, opt_state)
 
 
 def _initial_weights(model: Llama, seed: int) -> Any:
-    return model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+    # One sequence cannot be spread over devices.
+    return model.clone(stream=None).init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))[
+        "params"
+    ]
 
 
-def _in_pieces(make: Callable[..., Any], *arguments: Any) -> Any:
+def _in_pieces(make: Callable[..., Any], shardings: Any, *arguments: Any) -> Any:
     """What ``make`` returns, by several programs that make a part of it each."""
     paths, structure = jax.tree_util.tree_flatten_with_path(jax.eval_shape(make, *arguments))
+    where = [None] * len(paths) if shardings is None else jax.tree.leaves(shardings)
     made: dict[int, jax.Array] = {}
     for numbers in _pieces(paths):
 
@@ -146,7 +158,8 @@ def _in_pieces(make: Callable[..., Any], *arguments: Any) -> Any:
             leaves = jax.tree.leaves(make(*arguments))
             return [leaves[i] for i in numbers]
 
-        made |= zip(numbers, jax.jit(piece)(*arguments), strict=True)
+        here = [where[i] for i in numbers]
+        made |= zip(numbers, jax.jit(piece, out_shardings=here)(*arguments), strict=True)
     return jax.tree.unflatten(structure, [made[i] for i in range(len(paths))])
 
 
@@ -181,8 +194,11 @@ def make_train_step(
     learning_rate: optax.Schedule,
     loss_chunks: int = 1,
     walk: Walk = WHOLE,
+    shardings: tuple[Any, Any] | None = None,
 ) -> jax.stages.Wrapped:
     """Builds ``step(state, batch, refresh=None) -> (state, metrics)``, jitted, state donated.
+
+    With ``shardings``, of the state and of the metrics, results lie there.
 
     The metrics are scalars that stay on the device: the loss before the update, the gradients' norm
     before clipping, and the learning rate. ``refresh`` is static: True and False are one executable
@@ -209,7 +225,7 @@ def make_train_step(
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(train_step, static_argnames="refresh", donate_argnums=0)
+    return jax.jit(train_step, static_argnames="refresh", donate_argnums=0, out_shardings=shardings)
 
 
 # A part of the loss: the sum over a part of the batch, times the batch's ``weight``. The mean over
@@ -302,7 +318,10 @@ class Evaluation(NamedTuple):
 
 
 def make_evaluate(
-    model: Llama, loss_chunks: int = 1, shapes: tuple[Any, Any] | None = None
+    model: Llama,
+    loss_chunks: int = 1,
+    shapes: tuple[Any, Any] | None = None,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Callable[[Any, Iterable[Batch]], Evaluation]:
     """Builds ``evaluate(params, batches)``.
 
@@ -310,6 +329,7 @@ def make_evaluate(
     in double precision, so that it is unbiased however uneven the batches are.
 
     With the shapes of parameters and of a batch it is compiled here, otherwise at the first batch.
+    ``sharding`` is where the sums lie: every process must be able to read them.
     """
 
     def sums(params: Any, batch: Batch) -> jax.Array:
@@ -320,9 +340,10 @@ def make_evaluate(
         total = layered(model, loss_chunks).loss(params, {**batch, "weight": jnp.float32(1)})
         return jnp.stack([total, jnp.sum(predicted(batch["mask"]))])
 
-    batch_loss: Callable[[Any, Batch], jax.Array] = jax.jit(sums)
+    program = jax.jit(sums, out_shardings=sharding)
+    batch_loss: Callable[[Any, Batch], jax.Array] = program
     if shapes is not None:
-        batch_loss = jax.jit(batch_loss).lower(*shapes).compile()
+        batch_loss = program.lower(*shapes).compile()
 
     def evaluate(params: Any, batches: Iterable[Batch]) -> Evaluation:
         sums = jax.device_get([batch_loss(params, batch) for batch in batches])

@@ -2,11 +2,12 @@
 
 import dataclasses
 import fcntl
+import functools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,15 +15,19 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from examples.flax_llama import data, memory, optimizers, plots, step_memory
+import optax_gale
+from examples.flax_llama import data, memory, optimizers, plots, processes, step_memory
 from examples.flax_llama.checkpoint import Checkpoints, Progress
 from examples.flax_llama.config import TrainConfig, check_same_run
 from examples.flax_llama.errors import UserError, flag
+from examples.flax_llama.layout import Layout, bytes_on_a_device, shaped
 from examples.flax_llama.meter import DivergedError, Meter
 from examples.flax_llama.metrics import (
     Display,
     MetricsLog,
+    NoLog,
     device_memory,
+    human_bytes,
     replace_text,
 )
 from examples.flax_llama.model import Llama
@@ -85,14 +90,17 @@ def run(
     Raises:
       UserError: for anything that the person at the terminal can put right.
     """
-    check(config)
-    corpus = corpus or data.load(config.data)
-    trainer = Trainer(config, corpus, console or Console())
-    with locked(config.folder):
-        if config.overwrite:
-            _clear(config.folder)
-        _check_result(config.folder / "result.json", trainer.identity())
-        return trainer.run()
+    processes.start(config.devices)
+    with processes.explained(config.devices):
+        check(config)
+        corpus = corpus or data.load(config.data)
+        trainer = Trainer(config, corpus, console or Console())
+        with locked(config.folder) if processes.leads() else nullcontext():
+            if config.overwrite and processes.leads():
+                _clear(config.folder)
+            processes.meet("the folder is ready")
+            _check_result(config.folder / "result.json", trainer.identity())
+            return trainer.run()
 
 
 def check(config: TrainConfig) -> None:
@@ -107,6 +115,23 @@ def check(config: TrainConfig) -> None:
         config.optimizer, config.optimization, config.model.shape(), config.training.steps
     )
     optimizers.build(config.optimizer, settings, config.training)
+    rows, training = layout_of(config).rows, config.training
+    if training.batch_size // training.micro_batches % rows:
+        raise UserError(
+            f"--mesh spreads the {training.batch_size // training.micro_batches} sequences of a "
+            f"micro-batch over {rows} devices, which must divide them; change --batch-size, "
+            "--micro-batches or --mesh"
+        )
+
+
+def layout_of(config: TrainConfig) -> Layout:
+    """The devices that train.
+
+    Raises:
+      UserError: if there are not as many as the options say.
+    """
+    everybody = jax.device_count() if jax.process_count() > 1 else 1
+    return Layout.of(config.devices.axes() or {"data": everybody, "fsdp": 1, "tensor": 1})
 
 
 class Trainer:
@@ -126,11 +151,14 @@ class Trainer:
         self.details = details
         self.config = config
         self.corpus = corpus
-        self.console = console
+        self.console = console if processes.leads() else Console(quiet=True)
         self.steps = config.training.steps
         self.size = dataclasses.replace(config.model.shape(), vocab_size=corpus.vocab_size)
-        self.batches = data.train_batches(corpus, config.training.batch_size, config.training.seed)
-        self.validation = data.validation_batches(corpus, config.training.batch_size)
+        self.layout = layout_of(config)
+        size, seed = config.training.batch_size, config.training.seed
+        self.rows = self.layout.own_rows(size)
+        self.batches = data.train_batches(corpus, size, seed, rows=self.rows)
+        self.validation = data.validation_batches(corpus, size, rows=self.rows)
         self.settings = optimizers.resolve(
             config.optimizer, config.optimization, self.size, self.steps
         )
@@ -141,11 +169,13 @@ class Trainer:
             param_dtype=jnp.dtype(config.model.float_dtype),
             remat=config.model.remat,
             attention_backend=config.model.attention_backend,
+            stream=self.layout.stream if self.layout.mesh.size > 1 else None,
         )
         with optimizers.refusals(config.optimizer):
             self.walk = Walk.of(config.training, config.model)
             self.init = trace_init(self.model, self.tx, config.training.seed, self.walk)
-        self.shapes: TrainState = self.init.out_info
+            self.shardings = self._shardings(self.init.out_info)
+        self.shapes: TrainState = shaped(self.init.out_info, self.shardings)
         self.memory = memory.breakdown(self.shapes.params, self.shapes.opt_state)
         memory.check_projects(config.optimizer, self.settings, self.memory)
         self.held: int | None = None
@@ -165,21 +195,27 @@ class Trainer:
         finished = self.checkpoints is not None and (self.checkpoints.latest or 0) >= self.steps
         programs = None if finished else self._compile()
         shapes = (self.shapes.params, self._batch_shapes())
-        self.evaluate = make_evaluate(self.model, self.config.model.loss_chunks, shapes)
+        self.evaluate = make_evaluate(
+            self.model, self.config.model.loss_chunks, shapes, self.layout.whole
+        )
         state, seconds = self._start()
         start = int(state.step)
-        with closing(
-            MetricsLog(self.config.folder, step=start, tensorboard=output.tensorboard)
-        ) as log:
+        with closing(self._open_log(start)) as log:
             if programs is not None:
                 state, seconds, evaluation = self._train(state, seconds, programs, log)
                 self._store_memory()
             else:
                 self._say(f"{self.config.folder} is finished: {start} steps. Validating only.")
-                evaluation = self.evaluate(state.params, self.validation)
+                evaluation = self._evaluate(state)
         if self.checkpoints is not None:
             self.checkpoints.close()
         return self._conclude(state, seconds, evaluation)
+
+    def _open_log(self, step: int) -> MetricsLog:
+        if not processes.leads():
+            return NoLog()
+        tensorboard = self.config.output.tensorboard
+        return MetricsLog(self.config.folder, step=step, tensorboard=tensorboard)
 
     def _introduce(self) -> None:
         """Prints what is going to run, and where the memory will go."""
@@ -188,6 +224,11 @@ class Trainer:
             f"LLaMA {model.size}: {count_params(self.size):,} parameters, {model.param_dtype} "
             f"weights, {model.dtype} compute. Data: {self.corpus.description}"
         )
+        if self.layout.mesh.size > 1:
+            self._say(self.layout.describe())
+            whole = self.layout.unspread(self.shapes.params)
+            if whole:
+                self._say(f"Not divisible by the mesh, and held in full: {', '.join(whole)}.")
         if self.details:
             self._say(memory.report(self.config.optimizer, self.tx, self.shapes.params))
 
@@ -211,7 +252,8 @@ class Trainer:
     def _start(self) -> tuple[TrainState, float]:
         """The state to start from and the seconds behind it; moves the data there."""
         if self.checkpoints is None or self.checkpoints.latest is None:
-            state = first_state(self.model, self.tx, self.config.training.seed, self.walk)
+            seed = self.config.training.seed
+            state = first_state(self.model, self.tx, seed, self.walk, self.shardings)
             jax.block_until_ready(state)
             self.held = device_memory().get("bytes_in_use")
             return state, 0.0
@@ -235,7 +277,7 @@ class Trainer:
         def due(every: int) -> bool:
             return step == self.steps or (every > 0 and step % every == 0)
 
-        with closing(Prefetch(self.batches)) as batches, closing(display):
+        with closing(Prefetch(self.batches, place=self._place)) as batches, closing(display):
             meter.run()
             for step in range(start + 1, self.steps + 1):
                 program, batch = programs(step), next(batches)
@@ -271,25 +313,56 @@ class Trainer:
         training = self.config.training
         schedule = optimizers.schedule(self.settings["learning_rate"], training)
         chunks = self.config.model.loss_chunks
-        train_step = make_train_step(self.model, self.tx, schedule, chunks, self.walk)
+        shardings = (self.shardings, self.layout.whole)
+        train_step = make_train_step(self.model, self.tx, schedule, chunks, self.walk, shardings)
         batch = self._batch_shapes()
         gap = self.settings["update_proj_gap"] if training.host_refresh else None
         refreshes = (None,) if gap is None else (True, False)
         with optimizers.refusals(self.config.optimizer):  # what cannot be walked layer by layer
             lowered = {r: train_step.lower(self.shapes, batch, refresh=r) for r in refreshes}
         compiled = {r: step.compile() for r, step in lowered.items()}
+        if self.layout.mesh.size > 1:
+            self._say(self._shared(compiled))
 
         def program(step: int) -> Callable[[TrainState, Any], Any]:
             return compiled[None if gap is None else (step - 1) % gap == 0]
 
         return program
 
+    def _shared(self, compiled: Mapping[bool | None, Any]) -> str:
+        """What each device holds, needs and sends."""
+        weights, state = (
+            human_bytes(bytes_on_a_device(tree, where))
+            for tree, where in (
+                (self.shapes.params, self.shardings.params),
+                (self.shapes.opt_state, self.shardings.opt_state),
+            )
+        )
+        where = lambda state, batch: (state.params, state.opt_state)
+        peak = max(
+            optax_gale.step_memory_report(step, where=where).peak for step in compiled.values()
+        )
+        reports = [optax_gale.traffic_report(step) for step in compiled.values()]
+        sent = min(report.sent for report in reports)
+        most = max(report.sent_at_most for report in reports)
+        return (
+            f"Each device holds {weights} of weights and {state} of the optimizer's state, needs "
+            f"{human_bytes(peak)} in a step, and sends {human_bytes(sent)} in one, "
+            f"{human_bytes(most)} where projectors are refreshed."
+        )
+
     def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (self.config.training.batch_size, self.corpus.sequence_length)
-        return step_memory.batch_shapes(shape)
+        shapes = step_memory.batch_shapes(shape)
+        return shaped(shapes, dict.fromkeys(shapes, self.layout.batch))
+
+    def _shardings(self, shapes: TrainState) -> Any:
+        params, layout = shapes.params, self.layout
+        of_state = layout.state(functools.partial(self.walk.init, self.tx), params)
+        return TrainState(layout.whole, layout.weights(params), of_state)  # type: ignore[arg-type]
 
     def _validate(self, step: int, state: TrainState, log: MetricsLog) -> Evaluation:
-        evaluation = self.evaluate(state.params, self.validation)
+        evaluation = self._evaluate(state)
         if not math.isfinite(evaluation.loss):
             raise DivergedError(f"diverged: validation loss {evaluation.loss} after step {step}")
         log.write(
@@ -299,6 +372,12 @@ class Trainer:
         )
         log.flush()
         return evaluation
+
+    def _evaluate(self, state: TrainState) -> Evaluation:
+        return self.evaluate(state.params, map(self._place, self.validation))
+
+    def _place(self, batch: Any) -> Any:
+        return self.layout.place(batch, self.config.training.batch_size, self.rows)
 
     def _poll_checkpoints(self) -> None:
         if self.checkpoints is not None:
@@ -314,7 +393,8 @@ class Trainer:
             "first_state_bytes": self.held,
             "weights_bytes": self.memory.weights,
         }
-        replace_text(self.config.folder / "memory.json", json.dumps(needed, indent=2) + "\n")
+        if processes.leads():
+            replace_text(self.config.folder / "memory.json", json.dumps(needed, indent=2) + "\n")
 
     def _conclude(self, state: TrainState, seconds: float, evaluation: Evaluation) -> Result:
         """Writes and prints the results."""
@@ -327,6 +407,8 @@ class Trainer:
             seconds,
             self.memory.optimizer,
         )
+        if not processes.leads():
+            return result
         about = {"data": self.corpus.description, "settings": self.identity()}
         stored = {**result._asdict(), **about}
         replace_text(folder / "result.json", json.dumps(stored, indent=2) + "\n")

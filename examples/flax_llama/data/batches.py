@@ -3,8 +3,7 @@
 Grain is imported inside the functions because it imports JAX, for which ``--help`` should not wait.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +14,8 @@ from examples.flax_llama.errors import UserError
 if TYPE_CHECKING:
     import grain
 
+Rows = Sequence[int]
+
 _SHUFFLE_WINDOW = 1024  # documents of a stream shuffled together, as many as GaLore's (1000)
 
 
@@ -24,6 +25,7 @@ def train_batches(
     seed: int = 0,
     num_epochs: int | None = None,
     workers: int = 0,
+    rows: Rows | None = None,
 ) -> "grain.DatasetIterator[Example]":
     """Shuffled batches of training sequences, in an order that depends on ``seed`` alone.
 
@@ -32,6 +34,10 @@ def train_batches(
     next batch, whatever ``workers`` is.
 
     With ``workers``, ``close()`` it when done with it.
+
+    Of several processes each reads its own ``rows`` of the same batches: the order does not depend
+    on how many there are, nor does the state. (A stream's documents are read by all, in order, and
+    each tokenises its own.)
 
     Each epoch has its own order. Batches go on from one epoch into the next; only at the very end a
     batch that is not full is dropped.
@@ -42,9 +48,10 @@ def train_batches(
         seed: Seed of the order, 0 to 2**32 - 1.
         num_epochs: Passes over the data; ``None`` for no end.
         workers: Batches to read ahead in the background; 0 reads when asked.
+        rows: Numbers of the sequences of a batch that are wanted; all by default.
 
     Returns:
-        Iterator over ``tokens (B, T)``, int32, and ``mask (B, T)``, bool.
+        Iterator over ``tokens (B, T)``, int32, and ``mask (B, T)``, bool; of the ``rows`` alone.
 
     Raises:
         UserError: If a number is out of range or the corpus is smaller than one batch.
@@ -66,7 +73,7 @@ def train_batches(
             .pipe(
                 grain.experimental.WindowShuffleIterDataset, window_size=_SHUFFLE_WINDOW, seed=seed
             )
-            .batch(batch_size, drop_remainder=True, batch_fn=source.encode)
+            .batch(batch_size, drop_remainder=True, batch_fn=_encoding(source, batch_size, rows))
         )
     else:
         if len(source) < batch_size:
@@ -76,10 +83,10 @@ def train_batches(
                 "smaller batch or shorter sequences."
             )
         batches = (
-            grain.MapDataset.source(source)
+            grain.MapDataset.range(len(source))
             .shuffle(seed)
             .repeat(num_epochs)
-            .batch(batch_size, drop_remainder=True)
+            .batch(batch_size, drop_remainder=True, batch_fn=_reading(source, batch_size, rows))
             .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         )
     # One thread is enough: a batch is a copy of memory, or tokenised by all cores at once.
@@ -90,7 +97,9 @@ def train_batches(
     )
 
 
-def validation_batches(corpus: Corpus, batch_size: int) -> "grain.IterDataset[Example]":
+def validation_batches(
+    corpus: Corpus, batch_size: int, rows: Rows | None = None
+) -> "grain.IterDataset[Example]":
     """Every validation sequence once, in a fixed order; iterate over the result as often as needed.
 
     The last batch is filled up with sequences whose mask is all zero, so that a mean weighted by
@@ -99,9 +108,10 @@ def validation_batches(corpus: Corpus, batch_size: int) -> "grain.IterDataset[Ex
     Args:
         corpus: What ``load`` returned.
         batch_size: Sequences in a batch, B.
+        rows: Numbers of the sequences of a batch that are wanted; all by default.
 
     Returns:
-        Iterable over ``tokens (B, T)``, int32, and ``mask (B, T)``, bool.
+        Iterable over ``tokens (B, T)``, int32, and ``mask (B, T)``, bool; of the ``rows`` alone.
 
     Raises:
         UserError: If ``batch_size`` is not positive.
@@ -112,18 +122,53 @@ def validation_batches(corpus: Corpus, batch_size: int) -> "grain.IterDataset[Ex
         raise UserError(f"batch_size must be positive, got {batch_size}.")
     source = corpus.validation
     if isinstance(source, Sequences):
-        pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
         return (
-            grain.MapDataset.source(source)
-            .batch(batch_size, batch_fn=pad)
+            grain.MapDataset.range(len(source))
+            .batch(batch_size, batch_fn=_reading(source, batch_size, rows))
             .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         )
+    encode = _encoding(source, batch_size, rows)
+    return source.documents(0, 1).batch(batch_size, batch_fn=encode)
 
-    def encode_and_pad(texts: Sequence[str]) -> Example:
-        missing = batch_size - len(texts)
+
+def _reading(
+    source: Sequences, batch_size: int, rows: Rows | None
+) -> Callable[[Sequence[int]], Example]:
+    """Reads the rows of a batch whose sequences have the numbers that it is given."""
+
+    def read(numbers: Sequence[int]) -> Example:
+        wanted = range(batch_size) if rows is None else rows
+        examples = [source[int(numbers[row])] for row in wanted if row < len(numbers)]
+        # The last batch of all, of which this process may have no row.
+        shapes = examples[0] if examples else source[0]
         return {
-            name: np.pad(array, ((0, missing), (0, 0)))
-            for name, array in source.encode(texts).items()
+            name: _rows([e[name] for e in examples], (len(wanted), *x.shape), x.dtype)
+            for name, x in shapes.items()
         }
 
-    return source.documents(0, 1).batch(batch_size, batch_fn=encode_and_pad)
+    return read
+
+
+def _encoding(
+    source: Stream, batch_size: int, rows: Rows | None
+) -> Callable[[Sequence[str]], Example]:
+    """Tokenises the rows of a batch of documents."""
+
+    def encode(texts: Sequence[str]) -> Example:
+        wanted = range(batch_size) if rows is None else rows
+        own = [texts[row] for row in wanted if row < len(texts)]
+        found = source.encode(own or texts[:1])
+        return {
+            name: _rows(x[: len(own)], (len(wanted), *x.shape[1:]), x.dtype)
+            for name, x in found.items()
+        }
+
+    return encode
+
+
+def _rows(found: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array of rows, with zeros in the place of those that are missing."""
+    out = np.zeros(shape, dtype)
+    for row, x in zip(out, found, strict=False):
+        row[...] = x
+    return out

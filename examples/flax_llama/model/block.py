@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from examples.flax_llama.model.attention import Attention, AttentionBackend
@@ -21,12 +22,14 @@ class Block(nn.Module):
         dtype: Dtype of the products and of the residual stream.
         param_dtype: Dtype of the weights.
         attention_backend: See ``Attention``.
+        stream: How the residual stream is spread over devices; None: as it comes.
     """
 
     size: LlamaSize
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     attention_backend: AttentionBackend = "xla"
+    stream: NamedSharding | None = None
 
     def setup(self) -> None:
         """Makes the two halves and their norms."""
@@ -38,5 +41,10 @@ class Block(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps the residual stream ``x (B, T, D)`` to the next layer's."""
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+        x = placed(x + self.attention(self.attention_norm(x)), self.stream)
+        return placed(x + self.mlp(self.mlp_norm(x)), self.stream)
+
+
+def placed(x: jax.Array, where: NamedSharding | None) -> jax.Array:
+    """Spreads an array over devices as it is said, if it is."""
+    return x if where is None else jax.lax.with_sharding_constraint(x, where)

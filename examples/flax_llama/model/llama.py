@@ -1,12 +1,15 @@
 """The whole model."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from examples.flax_llama.model.attention import AttentionBackend
-from examples.flax_llama.model.block import Block
+from examples.flax_llama.model.block import Block, placed
 from examples.flax_llama.model.linear import INIT, linear
 from examples.flax_llama.model.norm import RMSNorm
 from examples.flax_llama.sizes import LlamaSize
@@ -71,6 +74,7 @@ class Llama(nn.Module):
         remat: Whether to keep only each layer's input for the backward pass and compute the rest
             again.
         attention_backend: See ``Attention``.
+        stream: See ``Block``.
     """
 
     size: LlamaSize
@@ -78,16 +82,21 @@ class Llama(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     remat: bool = False
     attention_backend: AttentionBackend = "xla"
+    stream: NamedSharding | None = None
 
     def block(self) -> Block:
         """An unbound ``Block`` of this model."""
-        return Block(self.size, self.dtype, self.param_dtype, self.attention_backend, parent=None)
+        return Block(*self._of_blocks(), parent=None)
+
+    def _of_blocks(self) -> tuple[Any, ...]:
+        dtypes = (self.dtype, self.param_dtype)
+        return (self.size, *dtypes, self.attention_backend, self.stream)
 
     def setup(self) -> None:
         """Makes the four parts."""
         dtypes = (self.dtype, self.param_dtype)
         self.embed = Embedding(self.size, *dtypes)
-        self.layers = Block(self.size, *dtypes, self.attention_backend)
+        self.layers = Block(*self._of_blocks())
         self.final_norm = RMSNorm(self.size.norm_eps, *dtypes)
         if not self.size.tied:
             self.lm_head = linear(self.size.vocab_size, *dtypes)
@@ -108,7 +117,7 @@ class Llama(nn.Module):
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Maps ``tokens (B, T)`` to the first layer's input ``(B, T, D)``."""
-        return self.embed(tokens)
+        return placed(self.embed(tokens), self.stream)
 
     def run_layers(self, x: jax.Array) -> jax.Array:
         """Runs all layers on ``x (B, T, D)``."""
