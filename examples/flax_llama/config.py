@@ -194,6 +194,9 @@ class TrainingOptions:
     layerwise_clip: ClipName = "hold"
     """With --layerwise, how the norm to clip by is known in time. hold: gradients wait in the
     subspace; two_pass: another backward pass before; previous: the last step's norm is taken."""
+    average: Literal["gradients", "projections"] = "gradients"
+    """What devices along data average. projections: low-rank optimizers project before they
+    average, and send that much less; each device's part of a batch is clipped by itself."""
     host_refresh: bool = False
     """Let the host choose the steps that refresh: two executables, no conditional in either."""
 
@@ -333,6 +336,12 @@ class TrainConfig:
     def check(self) -> None:
         """Raises `UserError` at the first value that makes no sense."""
         self.devices.check()
+        axes = self.devices.axes() or {}
+        if (
+            self.training.average == "projections"
+            and axes.get("fsdp", 1) * axes.get("tensor", 1) > 1
+        ):
+            raise UserError("--average projections is for a --mesh of data alone")
         _check_run(self)
 
 

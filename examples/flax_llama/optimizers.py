@@ -21,6 +21,8 @@ Settings = Mapping[str, Any]
 Schedule = Callable[[float], optax.Schedule]
 Builder = Callable[[Settings, Schedule], optax.GradientTransformation]
 
+DATA = "data"  # the mesh axis along which devices have other sequences and the same weights
+
 _SKETCH = tuple(field.name for field in dataclasses.fields(optax_gale.Sketch))
 _RATES = ("learning_rate", "adam_learning_rate")
 _NOT_NEGATIVE = ("eps", "adam_eps", "eps_root", "weight_decay", "min_dim_size_to_factor")
@@ -358,6 +360,10 @@ def build(
             raise UserError(f"--host-refresh: {name} does not let the host choose its refreshes")
         if settings.get("refresh_schedule", "together") != "together":
             raise UserError("--host-refresh goes with --refresh-schedule together only")
+    if training.average == "projections":
+        if not recipe.takes_refresh:
+            raise UserError(f"--average projections: {name} projects nothing, or cannot do so")
+        settings = {**settings, "axis_name": DATA}
     with refusals(name):
         tx = recipe.build(settings, functools.partial(schedule, training=training))
     clips = training.clip_norm and not training.layerwise  # which needs no norm but the step's own

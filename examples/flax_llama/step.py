@@ -8,11 +8,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import optax_gale
 from examples.flax_llama.config import ModelOptions, TrainingOptions
 from examples.flax_llama.errors import UserError
 from examples.flax_llama.model import Llama, head_loss, next_token_loss, predicted
+from examples.flax_llama.optimizers import DATA
 from optax_gale.quantization import Quantized
 
 Batch = Mapping[str, Any]  # tokens (B, T) and mask (B, T), of JAX or of NumPy
@@ -65,6 +68,8 @@ class Walk(NamedTuple):
       clip: how the norm is known in time; see `optax_gale.layerwise`.
       in_8_bits: whether the layers' matrices are kept in 8 bits.
       seed: of the draws with which those are rounded.
+      mesh: of devices each of which computes gradients of its own, which the optimizer averages;
+        None: the compiler does, whatever devices there are.
     """
 
     micro_batches: int = 1
@@ -73,10 +78,11 @@ class Walk(NamedTuple):
     clip: Literal["hold", "two_pass", "previous"] = "hold"
     in_8_bits: bool = False
     seed: int = 0
+    mesh: Mesh | None = None
 
     @classmethod
-    def of(cls, training: TrainingOptions, model: ModelOptions) -> "Walk":
-        """What the options say."""
+    def of(cls, training: TrainingOptions, model: ModelOptions, mesh: Mesh | None = None) -> "Walk":
+        """What the options say, on a mesh."""
         return cls(
             training.micro_batches,
             training.layerwise,
@@ -84,6 +90,7 @@ class Walk(NamedTuple):
             training.layerwise_clip,
             model.in_8_bits,
             training.seed,
+            mesh if training.average == "projections" else None,
         )
 
     def init(self, tx: optax.GradientTransformation, params: Any) -> Any:
@@ -207,7 +214,9 @@ def make_train_step(
     if walk.layerwise:
         take = _layerwise(model, tx, loss_chunks, walk)
     else:
-        take = _whole(model, tx, loss_chunks, walk.micro_batches)
+        take = _whole(model, tx, loss_chunks, walk)
+    if walk.mesh is not None:
+        take = _each_on_its_own(take, walk.mesh)
 
     def train_step(
         state: TrainState, batch: Batch, refresh: bool | None = None
@@ -234,16 +243,23 @@ _Take = Callable[[Any, Any, Batch, dict[str, Any]], tuple[Any, Any, jax.Array, j
 
 
 def _whole(
-    model: Llama, tx: optax.GradientTransformationExtraArgs, loss_chunks: int, micro_batches: int
+    model: Llama, tx: optax.GradientTransformationExtraArgs, loss_chunks: int, walk: Walk
 ) -> _Take:
     """Gradients of the whole model, of one part of the batch after another."""
+    micro_batches = walk.micro_batches
 
     def loss_fn(params: Any, batch: Batch) -> jax.Array:
         return next_token_loss(model, params, batch, chunks=loss_chunks)[0] * batch["weight"]
 
     def one(params: Any, opt_state: Any, batch: Batch, extra: dict[str, Any]) -> Any:
-        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        own = params
+        if walk.mesh is not None:  # or JAX would average the gradients, all of them
+            own = jax.tree.map(lambda x: jax.lax.pcast(x, DATA, to="varying"), params)
+        loss, grads = jax.value_and_grad(loss_fn)(own, batch)
         norm = optax.tree.norm(grads)
+        if walk.mesh is not None:
+            loss = jax.lax.pmean(loss, DATA)
+            norm = jnp.sqrt(jax.lax.pmean(jnp.square(norm), DATA))
         params, opt_state = optax_gale.update_and_apply(tx, grads, opt_state, params, **extra)
         return params, opt_state, loss, norm
 
@@ -259,6 +275,24 @@ def _whole(
         return *carried, jnp.mean(loss), jnp.mean(norm)
 
     return one if micro_batches == 1 else take
+
+
+def _each_on_its_own(take: _Take, mesh: Mesh) -> _Take:
+    """Each device takes its part of the batch; who averages is ``take``."""
+
+    def everywhere(params: Any, opt_state: Any, batch: Batch, extra: dict[str, Any]) -> Any:
+        # The mean over devices of what each makes of its own part is that of the whole batch.
+        batch = {**batch, "weight": batch["weight"] * mesh.shape[DATA]}
+        own = {name: P() if name == "weight" else P(DATA) for name in batch}
+        mapped = jax.shard_map(
+            lambda params, opt_state, batch: take(params, opt_state, batch, extra),
+            mesh=mesh,
+            in_specs=(P(), P(), own),
+            out_specs=P(),
+        )
+        return mapped(params, opt_state, batch)
+
+    return everywhere
 
 
 def _layerwise(

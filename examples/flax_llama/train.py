@@ -169,10 +169,10 @@ class Trainer:
             param_dtype=jnp.dtype(config.model.float_dtype),
             remat=config.model.remat,
             attention_backend=config.model.attention_backend,
-            stream=self.layout.stream if self.layout.mesh.size > 1 else None,
+            stream=self._stream(),
         )
         with optimizers.refusals(config.optimizer):
-            self.walk = Walk.of(config.training, config.model)
+            self.walk = Walk.of(config.training, config.model, self.layout.mesh)
             self.init = trace_init(self.model, self.tx, config.training.seed, self.walk)
             self.shardings = self._shardings(self.init.out_info)
         self.shapes: TrainState = shaped(self.init.out_info, self.shardings)
@@ -180,6 +180,10 @@ class Trainer:
         memory.check_projects(config.optimizer, self.settings, self.memory)
         self.held: int | None = None
         self.checkpoints: Checkpoints | None = None
+
+    def _stream(self) -> jax.sharding.NamedSharding | None:
+        own = self.config.training.average == "projections"  # each device on its own
+        return None if own or self.layout.mesh.size == 1 else self.layout.stream
 
     def run(self) -> Result:
         """Trains; see `run`."""
