@@ -68,6 +68,8 @@ class Config:
     spread: the times of single steps. profile: the kernels of a step."""
     arms: tuple[str, ...] = tuple(arm for arm in ARMS if arm not in (CONTRIB, *FORCED))
     """Arms of ``ordinary`` and ``profile``."""
+    kept: tuple[str, ...] = ("7b:128", "7b:1024")
+    """Cases whose ``refresh`` is measured without carrying the moments over, too."""
     spread: tuple[str, ...] = ("1b:512", "350m:256")
     """Cases of ``spread``."""
     spread_steps: int = 400
@@ -147,7 +149,8 @@ class Bench:
                 mine = {**key, "rank": case.rank if arm.low_rank else None}
                 yield {"part": part, **mine, "arm": name}, _bound(job, case, arm)
         if "refresh" in self.config.only:
-            for name in (GALE, KEPT):
+            kept = case in map(Case.parse, self.config.kept)
+            for name in (GALE, KEPT) if kept else (GALE,):
                 row = {"part": "refresh", **key, "arm": name}
                 yield row, _bound(self.refresh, case, ARMS[name])
 

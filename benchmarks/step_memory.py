@@ -70,6 +70,8 @@ class Config:
 
     cases: tuple[str, ...] = tuple(CASES)
     """Cases."""
+    share: float = 0.95
+    """Of the device's memory: less where several run beside each other."""
     out: Path = Path("benchmarks/results")
     """Where the results go."""
     anywhere: bool = False
@@ -137,14 +139,14 @@ def compared(report: StepMemoryReport, before: Row, after: Row) -> Row:
     return row
 
 
-def in_its_own_process(name: str) -> Row:
+def in_its_own_process(name: str, share: float = 0.95) -> Row:
     """Measures a case in another process."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.step_memory", "--here", name],
         capture_output=True,
         text=True,
         check=False,
-        env=preallocated(0.95),
+        env=preallocated(share),
     )
     if done.returncode:
         print(done.stderr, file=sys.stderr)
@@ -194,7 +196,7 @@ def main(config: Config) -> None:
     rows: list[Row] = []
     for name in config.cases:
         options: dict[str, Any] = dataclasses.asdict(CASES[name])
-        rows.append({"case": name, "options": options, **in_its_own_process(name)})
+        rows.append({"case": name, "options": options, **in_its_own_process(name, config.share)})
         stem = config.out / f"step_memory_{slug(jax.devices()[0].device_kind)}"
         lines = ["Memory of a training step, GiB.", "", *table(rows)]
         store(stem, lines, tolerance=TOLERANCE, rows=rows)

@@ -16,7 +16,7 @@ from optax_gale.training.walk import Forward, Walk
 from optax_gale.transforms import trees
 from optax_gale.transforms.accumulate import refuse_stateful_stages, zero_sums
 from optax_gale.transforms.apply import halves_of, update_and_apply
-from optax_gale.transforms.shardings import alike
+from optax_gale.transforms.shardings import alike, first_element
 
 
 class Stacks(NamedTuple):
@@ -149,9 +149,8 @@ class Pass:
             grads = _where(early, self.parameters.others_by_path(forward.of_rest))
             squares, grads = _scaled(begin.squares, grads, factor)
             others, found = self._step_of_others(others, parts, grads)
-            parts["other"] = found["other"]
-            dx, squares, *_ = jax.lax.optimization_barrier(
-                (forward.dx, squares, others, parts["other"])
+            dx, squares, (others, parts["other"]) = self._after(
+                (others, found["other"]), forward.dx, squares
             )
             forward, begin = forward._replace(dx=dx), begin._replace(squares=squares)
         carried, grads = self.walk.backward(batch, forward, begin, _params_of, visit)
@@ -159,6 +158,18 @@ class Pass:
         squares, grads = _scaled(carried.squares, grads, factor)
         others, parts = self._step_of_others(others, parts, grads)
         return *self._finished(carried, others, parts), self._root(squares)
+
+    def _after(self, made: Any, dx: Any, squares: jax.Array) -> tuple[Any, jax.Array, Any]:
+        """Has what is computed from ``dx`` wait until something is made; returns all three."""
+        if self.halves.axis_name is None:
+            # What is made comes out of the barrier again, or it would have to be copied.
+            dx, squares, made = jax.lax.optimization_barrier((dx, squares, made))
+            return dx, squares, made
+        # All that comes out is a device's own as ``dx`` is, and new weights are not: they stay
+        # outside, with a number of each in their places.
+        numbers = [first_element(x) for x in jax.tree.leaves(made)]
+        dx, squares, _ = jax.lax.optimization_barrier((dx, squares, numbers))
+        return dx, squares, made
 
     def _step_of_others(
         self,
