@@ -30,8 +30,9 @@ def start(options: DeviceOptions) -> None:
     """Connects this process with the others; nothing else of JAX may have run before.
 
     Raises:
-      UserError: if they do not find each other.
+      UserError: if an option makes no sense, or they do not find each other.
     """
+    options.check()
     sizes = options.axes() or {}
     # As many devices of a CPU as the pool has threads would all wait in LAPACK for another thread.
     threads = max(os.cpu_count() or 1, 4 * math.prod(sizes.values()))

@@ -17,6 +17,7 @@ _CALLS = re.compile(r"(?:body|condition|to_apply|calls|called_computation)=%?([\
 _BRANCHES = re.compile(
     r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+)"
 )
+_AWAITED = re.compile(r" async-(?:update|done)\(")
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)(?:e\d+m\d+\w*)?\[([\d,]*)\]")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
@@ -28,6 +29,7 @@ class Collective(NamedTuple):
     Attributes:
       kind: what it does.
       elements: of every array that it moves, whole: before a reduce-scatter, after an all-gather.
+        Of an all-to-all and a permutation, of the part that a device has.
       size: bytes of all of them.
       group: devices that take part together.
       times: how often it runs in a step.
@@ -148,6 +150,8 @@ def _lines(
     """Every instruction that runs, how often, and whether in a branch."""
     for line in bodies.get(name, ()):
         yield line, times, in_branch
+        if _AWAITED.search(line):  # what has been started may be named here again
+            continue
         trips = _TRIPS.search(line)
         inner = times * (int(trips[1]) if trips else 1)
         for called in _CALLS.findall(line):
@@ -165,6 +169,8 @@ def _collective(line: str, match: "re.Match[str]", everybody: int, in_branch: bo
     elements = [whole * math.prod(map(int, filter(None, dims.split(",")))) for *_, dims in arrays]
     bits = [int(number or 8) for _, number, _ in arrays]
     size = sum(n * b // 8 for n, b in zip(elements, bits, strict=True))
+    if kind == "all-to-all":  # one array, whose parts may be results of their own
+        elements = [sum(elements)]
     return Collective(kind, tuple(elements), size, group, 1, in_branch)
 
 

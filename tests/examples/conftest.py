@@ -10,6 +10,8 @@ import pytest
 from examples.flax_llama.sizes import SIZES, LlamaSize
 
 NANO = LlamaSize(300, hidden=16, intermediate=24, layers=2, heads=2, kv_heads=1)
+# Of which every axis can be divided among 8 devices.
+EVEN = LlamaSize(304, hidden=16, intermediate=32, layers=2, heads=2, kv_heads=2)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -64,6 +66,21 @@ def nano_options(corpus_folder):
         "eval-every": 6,
         "checkpoint-every": 6,
         "tensorboard": False,
+    }
+
+
+def even_options(corpus_folder):
+    """The options of a run of `EVEN`, which refreshes several times, on any devices."""
+    return {
+        **nano_options(corpus_folder),
+        "size": "even",
+        "vocab-size": EVEN.vocab_size,
+        "batch-size": 8,
+        "optimizer": "gale_adamw",
+        "rank": 4,
+        "select": "query|gate|down",  # one matrix of every shape and layout: faster to compile
+        "checkpoint-every": 0,
+        "eval-every": 0,
     }
 
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from collectives import collectives
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -171,11 +170,9 @@ def reduced(tx, refresh):
     program = jax.jit(
         jax.shard_map(step, mesh=mesh(), in_specs=(P(), P(), P("data")), out_specs=P())
     )
-    text = program.lower(weights, tx.init(weights), grads).compile().as_text()
-    found = collectives(text)
-    assert {kind for kind, _ in found} == {"all-reduce"}
-    sizes = [size for _, sizes in found for size in sizes]
-    return sum(sizes), max(sizes)
+    report = optax_gale.traffic_report(program, weights, tx.init(weights), grads)
+    assert {c.kind for c in report.collectives} == {"all-reduce"}
+    return sum(c.times * sum(c.elements) for c in report.collectives), report.largest
 
 
 def test_little_is_sent():

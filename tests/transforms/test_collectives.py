@@ -5,7 +5,6 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from collectives import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,7 +34,7 @@ OPTIMIZERS = {
 }
 
 
-def compiled(tx, spec, shape, kind, refresh):
+def traffic(tx, spec, shape, kind, refresh):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(getattr(AxisType, kind),) * 2)
     place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
     weight, specs = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}, {"kernel": spec}
@@ -47,24 +46,23 @@ def compiled(tx, spec, shape, kind, refresh):
         shardings = jax.tree.map(lambda x: x.sharding, (weight, state))
         options = {"out_shardings": shardings} if kind == "Auto" else {}
         step = jax.jit(step, donate_argnums=(1, 2), **options)
-        return step.lower(weight, state, weight).compile().as_text()
+        return optax_gale.traffic_report(step, weight, state, weight)
 
 
 def check(tx, layout, kind, refresh):
     spec, shape = LAYOUTS[layout]
-    sizes = [size for _, found in collectives(compiled(tx, spec, shape, kind, refresh))
-             for size in found]  # fmt: skip
+    report = traffic(tx, spec, shape, kind, refresh)
     # The projections of all layers, or what a sketch has of them.
-    assert max(sizes, default=0) <= math.prod(shape[:-2]) * RANK * LONG
-    return sizes
+    assert report.largest <= math.prod(shape[:-2]) * RANK * LONG
+    return report
 
 
 @pytest.mark.parametrize("refresh", [False, True], ids=["between refreshes", "refresh"])
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_collective_has_a_weights_size(layout, kind, refresh):
-    sizes = check(OPTIMIZERS["adamw"], layout, kind, refresh)
-    assert refresh <= bool(sizes)
+    report = check(OPTIMIZERS["adamw"], layout, kind, refresh)
+    assert refresh <= bool(report.collectives)
 
 
 @pytest.mark.parametrize("refresh", [False, True], ids=["between refreshes", "refresh"])
@@ -76,12 +74,10 @@ def test_whatever_runs_inside(name, refresh):
 def test_where_the_projected_side_is_whole_nothing_is_sent_between_refreshes():
     for layout in ("FSDP, the longer side", "tensor", "stacked, FSDP over layers"):
         spec, shape = LAYOUTS[layout]
-        text = compiled(OPTIMIZERS["adamw"], spec, shape, "Auto", False)
-        assert not collectives(text)
+        assert not traffic(OPTIMIZERS["adamw"], spec, shape, "Auto", False).collectives
 
 
 def test_the_check_can_fail():
     spec, shape = LAYOUTS["both"]
     svd = optax_gale.gale_adamw(1e-2, RANK, range_finder="svd")
-    sizes = [s for _, found in collectives(compiled(svd, spec, shape, "Auto", True)) for s in found]
-    assert max(sizes) >= SHORT * LONG
+    assert traffic(svd, spec, shape, "Auto", True).largest >= SHORT * LONG
