@@ -36,13 +36,16 @@ def _decays(params):
 
 
 _at = {"rank": RANK, "update_proj_gap": GAP}
+# Sketches take most of a step's compilation. Each factory has a row with its default; what else
+# differs between rows meets exact SVDs where it does not look at how bases are found.
+_svd = {**_at, "range_finder": "svd"}
 _FACTORIES: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
     "adamw": lambda: optax_gale.gale_adamw(0.03, **_at),
     "adamw long fira": lambda: optax_gale.gale_adamw(
         0.02, **_at, side="long", residual="fira", weight_decay=1e-3, mask=_decays
     ),
     "adamw staggered": lambda: optax_gale.gale_adamw(
-        0.03, **_at, refresh_schedule="staggered", nesterov=True
+        0.03, **_svd, refresh_schedule="staggered", nesterov=True
     ),
     "adamw svd keep": lambda: optax_gale.gale_adamw(
         0.03, **_at, range_finder="svd", moments="keep"
@@ -51,11 +54,11 @@ _FACTORIES: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
         0.03, **_at, projector_dtype="bfloat16", state_dtype="float32", mu_dtype="bfloat16"
     ),
     "adamw int8": lambda: optax_gale.gale_adamw(
-        0.03, **_at, state_dtype="int8", projector_dtype="int8"
+        0.03, **_svd, state_dtype="int8", projector_dtype="int8"
     ),
     "quantised inner": lambda: optax_gale.gale(
         optax_gale.quantize_states(optax.adamw(0.03), min_size=0, stochastic_rounding=True),
-        **_at,
+        **_svd,
         projector_dtype="int4",
     ),
     "adamw two gaps": lambda: optax_gale.gale_adamw(
@@ -63,6 +66,7 @@ _FACTORIES: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
         rank=lambda path, _: 3 if path == "kernel" else RANK,
         update_proj_gap=lambda path, _: 2 if path == "kernel" else GAP,
         scale=lambda path, _: 0.5 if path == "kernel" else 1.0,
+        range_finder="svd",
     ),
     "muon": lambda: optax_gale.gale_muon(0.05, **_at, adam_learning_rate=0.03),
     "muon approx long": lambda: optax_gale.gale_muon(
@@ -82,7 +86,7 @@ _FACTORIES: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
         weight_decay=1e-3,
     ),
     "lion": lambda: optax_gale.gale_lion(0.01, **_at),
-    "lion reset long": lambda: optax_gale.gale_lion(0.01, **_at, moments="reset", side="long"),
+    "lion reset long": lambda: optax_gale.gale_lion(0.01, **_svd, moments="reset", side="long"),
     "sgd": lambda: optax_gale.gale_sgd(0.01, **_at),
     "sgd random nesterov": lambda: optax_gale.gale_sgd(
         0.01, **_at, range_finder="random", nesterov=True, weight_decay=1e-3
@@ -97,13 +101,18 @@ _FACTORIES: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
         optax.adamw(optax.cosine_decay_schedule(0.05, 400)), **_at, range_finder=_householder
     ),
     "stochastic rounding": lambda: optax_gale.stochastic_rounding(
-        optax_gale.gale_adamw(0.03, **_at)
+        optax_gale.gale_adamw(0.03, **_svd)
     ),
-    "kahan summation": lambda: optax_gale.kahan_summation(optax_gale.gale_lion(0.01, **_at)),
+    "kahan summation": lambda: optax_gale.kahan_summation(optax_gale.gale_lion(0.01, **_svd)),
     "chain": lambda: _chained([], {}, optax.adamw(0.03)),
     "chain of stages": lambda: _chained(
         [optax.scale(1.0)],
-        {"refresh_schedule": "staggered", "residual": "fira", "side": "long"},
+        {
+            "refresh_schedule": "staggered",
+            "residual": "fira",
+            "side": "long",
+            "range_finder": "svd",
+        },
         optax.scale_by_adam(),
         optax.add_decayed_weights(1e-3),
         optax.scale_by_schedule(optax.linear_schedule(-0.03, -0.01, 200)),

@@ -16,7 +16,11 @@ from optax_gale.linalg import (
     svd_range,
 )
 
-pytestmark = pytest.mark.skipif(len(jax.devices()) != 8, reason="needs 8 devices")
+# Who holds what is decided before the optimisations.
+pytestmark = [
+    pytest.mark.skipif(len(jax.devices()) != 8, reason="needs 8 devices"),
+    pytest.mark.usefixtures("quick_compilation"),
+]
 
 KEY = jax.random.key(0)
 BATCH, M, N = 2, 64, 48

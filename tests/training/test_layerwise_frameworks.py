@@ -1,5 +1,7 @@
 """Layer by layer with Flax's boxes, and with arrays spread over devices."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,8 @@ def test_boxed_parameters():
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     rest = make_params()
-    layers = scanned().init(jax.random.key(1), jnp.ones((2, 16)), None)["params"]
+    init = jax.jit(functools.partial(scanned().init, jax.random.key(1)))
+    layers = init(jnp.ones((2, 16)), None)["params"]
     params = {**rest, "layers": layers}
     assert layers["kernel"].names == ("layers", None, "model")
     seen = []
@@ -43,7 +46,7 @@ def test_boxed_parameters():
     model = optax_gale.LayeredModel(MODEL.embed, block, MODEL.head)
     tx = adamw()
     got = run(optax_gale.layerwise(model, tx).step, params, tx.init(params), 6)
-    model.loss(params, make_batch(0))
+    jax.eval_shape(model.loss, params, make_batch(0))
     assert set(seen) == {(None, "model")}
     assert got[0]["layers"]["kernel"].names == ("layers", None, "model")
 
@@ -76,14 +79,16 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_batches": 2, "clip_norm": 0.5}])
-def test_sharded_weights(options):
+@pytest.mark.parametrize(
+    ("range_finder", "options"), [("gale", {}), ("svd", {"micro_batches": 2, "clip_norm": 0.5})]
+)
+def test_sharded_weights(range_finder, options):
     """FSDP and tensor parallel at once: the numbers of one device, and the shardings kept."""
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     place = lambda tree, specs: jax.tree.map(
         lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs
     )
-    tx, params = adamw(), make_params()
+    tx, params = adamw(range_finder), make_params()
     train = optax_gale.layerwise(MODEL, tx, **options)
     wanted = run(train.step, params, train.init(params), 6)
     specs = optax_gale.state_partition_specs(tx, params, SPECS)
