@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: the words after the program's name; by default those of this process.
 
     Returns:
-      The exit status: 0, 2 after such a line, 130 after Ctrl-C.
+      The exit status: 0, 2 after such a line, 75 where another process is gone and the same command
+      goes on, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     config, status = None, 0
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = _parse(words)
         _run(config)
     except UserError as error:
-        status = _complain(str(error), 2)
+        status = _complain(str(error), error.status)
     except OSError as error:
         status = _complain(str(error), 2)
     except KeyboardInterrupt:

@@ -13,14 +13,14 @@ import jax
 from jax.experimental import multihost_utils
 
 from examples.flax_llama.config import DeviceOptions
-from examples.flax_llama.errors import UserError
+from examples.flax_llama.errors import LostError, UserError
 
 # What JAX, Gloo and NCCL say when nobody answers any more.
 _LOST = re.compile(
     "gloo|nccl|peer|connection|coordination|barrier|unavailable|deadline|aborted", re.IGNORECASE
 )
+_THREADS = 32  # enough for a handful of simulated devices a process
 _FAREWELL = 120  # seconds: the first process draws and writes when the others have done their work
-
 
 _AGAIN = "Start all of them again: they go on from the last checkpoint"
 _last_words: subprocess.Popen[bytes] | None = None
@@ -35,7 +35,7 @@ def start(options: DeviceOptions) -> None:
     options.check()
     sizes = options.axes() or {}
     # As many devices of a CPU as the pool has threads would all wait in LAPACK for another thread.
-    threads = max(os.cpu_count() or 1, 4 * math.prod(sizes.values()))
+    threads = max(os.cpu_count() or 1, _THREADS, 4 * math.prod(sizes.values()))
     os.environ.setdefault("NPROC", str(threads))
     if options.coordinator is None:
         return
@@ -77,7 +77,7 @@ def explained(options: DeviceOptions) -> Iterator[None]:
     except RuntimeError as error:  # JAX's errors are
         if options.coordinator is None or not _LOST.search(str(error)):
             raise
-        raise UserError(
+        raise LostError(
             f"process {jax.process_index()} of {jax.process_count()} has lost the others: one of "
             f"them has ended. {_AGAIN} ({_first_line(error)})"
         ) from error
