@@ -16,7 +16,7 @@ import optax
 import pytest
 
 import optax_gale
-from benchmarks import kernels, step, step_memory, throughput
+from benchmarks import kernels, step, step_memory, throughput, traffic
 from benchmarks.gpu import arms, data, galore, plot, profile, report, shapes, timing
 from benchmarks.gpu import kernels as problems
 from benchmarks.gpu.floors import Ceilings, Work, ordinary_step
@@ -528,3 +528,19 @@ def test_every_case_can_be_built():
 @ON_CPU
 def test_a_case_that_fails_in_its_process_is_told():
     assert "no such case" in step_memory.in_its_own_process("no such case")["error"]
+
+
+# --- Traffic -----
+
+
+@pytest.mark.usefixtures("nano")
+def test_devices_average_projections_in_the_place_of_gradients(tmp_path, capsys):
+    traffic.main(traffic.Config(size="nano", rank=4, devices=2, out=tmp_path))
+    sent = json.loads((tmp_path / "traffic_nano.json").read_text())["bytes"]
+    matrices = list(shapes.matrices("nano").values())
+    assert sent["AdamW"] == 4 * sum(layers * m * n for layers, m, n in matrices)
+    projections = 4 * 4 * sum(layers * max(m, n) for layers, m, n in matrices)
+    sketches = 4 * 4 * sum(layers * min(m, n) for layers, m, n in matrices)
+    assert sent["GALE"] == projections
+    assert sent["GALE, a refresh, no power iteration"] == projections + sketches
+    assert "of AdamW's" in capsys.readouterr().out

@@ -1,0 +1,110 @@
+"""What data parallelism sends: AdamW's gradients against GALE's projections, from compiled steps.
+
+The optimizer's step on all projected matrices of a model, on simulated devices each of which has
+gradients of its own. Nothing is run or allocated: the programs are compiled for the real shapes,
+and their collectives counted (`optax_gale.traffic_report`). In float32, since CPUs add up bfloat16
+in float32, and what they send would not be what GPUs do.
+
+    python -m benchmarks.traffic --size 1b --rank 512
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_gale
+from benchmarks.environment import store
+from benchmarks.gpu.shapes import parameters
+from examples.flax_llama.sizes import get_size
+from examples.flax_llama.tables import markdown
+from optax_gale import Sketch
+
+_MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to compile."""
+
+    size: str = "1b"
+    """Model."""
+    rank: int = 512
+    """Of the projectors."""
+    devices: int = 8
+    """Simulated devices that average."""
+    out: Path = Path("benchmarks/results")
+    """Where the results go."""
+
+
+def step(tx: Any, mesh: Any, refresh: bool | None, averages: bool) -> Callable[..., Any]:
+    """A step on each device's own gradients, which ``tx`` averages, or JAX does."""
+
+    def take(params: Any, state: Any, grads: Any) -> Any:
+        grads = jax.tree.map(lambda x: x[0], grads)
+        if not averages:
+            grads = jax.lax.pmean(grads, "data")
+        extra: dict[str, Any] = {} if refresh is None else {"refresh": refresh}
+        return optax_gale.update_and_apply(tx, grads, state, params, **extra)
+
+    return jax.shard_map(take, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P())
+
+
+def reduced(config: Config, tx: Any, refresh: bool | None, averages: bool) -> int:
+    """Bytes of the arrays that are averaged in a step."""
+    mesh = jax.make_mesh((config.devices,), ("data",), (AxisType.Auto,))
+    weights = parameters(config.size, stacked=True, dtype=jnp.float32)
+    state = jax.eval_shape(tx.init, weights)
+    own = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            (config.devices, *x.shape), x.dtype, sharding=NamedSharding(mesh, P("data"))
+        ),
+        weights,
+    )
+    program = jax.jit(step(tx, mesh, refresh, averages), donate_argnums=(0, 1))
+    report = optax_gale.traffic_report(program, weights, state, own)
+    return sum(c.size * c.times for c in report.collectives)
+
+
+def main(config: Config) -> None:
+    """Compiles, tabulates and stores."""
+    options: dict[str, Any] = {"axis_name": "data", "update_proj_gap": 200}
+    gale = lambda **more: optax_gale.gale_adamw(1e-3, config.rank, **options, **more)
+    plain = Sketch(power_iterations=0)
+    arms: dict[str, tuple[Any, bool | None, bool]] = {
+        "AdamW": (optax.adamw(1e-3), None, False),
+        "GALE": (gale(), False, True),
+        "GALE, a refresh, no power iteration": (gale(range_finder=plain), True, True),
+        "GALE, a refresh": (gale(), True, True),
+    }
+    share = config.rank / get_size(config.size).hidden
+    sizes = {name: reduced(config, *arm) for name, arm in arms.items()}
+    whole = sizes["AdamW"]
+    lines = [
+        [name, f"{size / _MIB:,.1f}", f"{size / whole:.4f}", f"{size / whole / share:.3f}"]
+        for name, size in sizes.items()
+    ]
+    title = (
+        f"LLaMA-{config.size.upper()}, r = {config.rank}, float32 weights and gradients: what "
+        f"{config.devices} devices average of all projected matrices; r / min(m, n) is {share:g}."
+    )
+    header = ["", "MiB a step", "of AdamW's", "of r / min(m, n) of AdamW's"]
+    text = [title, "", markdown(header, lines)]
+    stem = config.out / f"traffic_{config.size}"
+    store(stem, text, config=dataclasses.asdict(config), bytes=sizes)
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Config)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    jax.config.update("jax_num_cpu_devices", chosen.devices)
+    main(chosen)
