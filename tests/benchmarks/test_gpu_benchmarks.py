@@ -533,7 +533,7 @@ def test_a_case_that_fails_in_its_process_is_told():
 # --- Traffic -----
 
 
-@pytest.mark.usefixtures("nano")
+@pytest.mark.usefixtures("nano", "quick_compilation")
 def test_devices_average_projections_in_the_place_of_gradients(tmp_path, capsys):
     traffic.main(traffic.Config(size="nano", rank=4, devices=2, out=tmp_path))
     sent = json.loads((tmp_path / "traffic_nano.json").read_text())["bytes"]
