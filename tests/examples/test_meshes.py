@@ -93,6 +93,7 @@ def test_the_losses_of_one_device(mesh, options, losses):
                 "projector_dtype": "int4",
                 "param_dtype": "int8",
                 "layerwise": True,
+                "select": "down",
             },
             2e-2,
         ),
