@@ -1,5 +1,6 @@
 """The parts of a run: prefetching, metrics, the meter, validation, pictures."""
 
+import functools
 import json
 import math
 
@@ -133,14 +134,15 @@ def test_meter_names_the_step_that_diverged(tmp_path):
 def test_validation_counts_tokens_not_batches():
     model = Llama(conftest.NANO)
     tokens = jax.random.randint(jax.random.key(0), (4, 8), 0, 300)
-    params = model.init(jax.random.key(1), tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(1), tokens)["params"]
     mask = jnp.arange(8)[None, :] < jnp.array([[8], [3], [5], [0]])  # the last row only fills up
     batches = [
         {"tokens": tokens[:2], "mask": mask[:2]},
         {"tokens": tokens[2:], "mask": mask[2:]},
     ]
     evaluation = make_evaluate(model)(params, batches)
-    total, count = next_token_loss(model, params, {"tokens": tokens, "mask": mask})
+    whole = jax.jit(functools.partial(next_token_loss, model))
+    total, count = whole(params, {"tokens": tokens, "mask": mask})
     assert evaluation.tokens == int(count) == 7 + 2 + 4
     assert evaluation.loss == pytest.approx(float(total / count), rel=1e-6)
     assert evaluation.perplexity == pytest.approx(math.exp(evaluation.loss))
