@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 
 from examples.flax_llama.config import check_same_run
 from examples.flax_llama.errors import UserError
+from examples.flax_llama.processes import is_lost, leads
 from examples.flax_llama.step import TrainState
 
 _FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "the disk quota is used up"}
@@ -157,6 +158,8 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:
+            if is_lost(error):  # nothing is wrong with the checkpoint
+                raise
             if verb == "write":
                 # Room for whatever the person does next; the previous checkpoint is untouched.
                 self._remove_unfinished()
@@ -176,6 +179,8 @@ class Checkpoints:
         return text
 
     def _remove_unfinished(self) -> None:
+        if not leads():  # what others still write is theirs
+            return
         for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
 

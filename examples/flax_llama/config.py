@@ -223,8 +223,8 @@ class TrainingOptions:
 class DeviceOptions:
     """Which devices train, and how they share the work.
 
-    Nothing here changes a run's numbers by more than rounding: it may go on with another mesh and
-    another number of processes.
+    Nothing here changes a run's numbers by more than rounding, but with --average projections: it
+    may go on with another mesh and another number of processes.
     """
 
     mesh: str | None = None

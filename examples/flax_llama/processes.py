@@ -1,15 +1,19 @@
 """Training in several processes: how they find each other, who speaks, and how they end."""
 
 import atexit
+import hashlib
+import json
 import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from examples.flax_llama.config import DeviceOptions
@@ -17,7 +21,9 @@ from examples.flax_llama.errors import LostError, UserError
 
 # What JAX, Gloo and NCCL say when nobody answers any more.
 _LOST = re.compile(
-    "gloo|nccl|peer|connection|coordination|barrier|unavailable|deadline|aborted", re.IGNORECASE
+    r"gloo|nccl|closed by peer|reset by peer|coordination service|barrier (timed out|has failed)"
+    r"|unavailable|deadline_exceeded|aborted:",
+    re.IGNORECASE,
 )
 _THREADS = 32  # enough for a handful of simulated devices a process
 _FAREWELL = 120  # seconds: the first process draws and writes when the others have done their work
@@ -52,7 +58,9 @@ def start(options: DeviceOptions) -> None:
             shutdown_timeout_seconds=_FAREWELL,
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(
+        # A value is wrong for good; a process that does not answer may only be late.
+        kind = UserError if isinstance(error, ValueError) else LostError
+        raise kind(
             f"--coordinator {options.coordinator}: the processes do not find each other "
             f"({_first_line(error)})"
         ) from error
@@ -69,13 +77,44 @@ def meet(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def agree(settings: Mapping[str, Any]) -> None:
+    """Finds out whether all processes were started alike: others would wait for each other.
+
+    Raises:
+      UserError: if they were not.
+    """
+    if jax.process_count() == 1:
+        return
+    text = json.dumps(settings, sort_keys=True, default=str)
+    digest = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint32)
+    everybody = np.asarray(multihost_utils.process_allgather(digest))
+    different = [i for i, x in enumerate(everybody) if (x != everybody[0]).any()]
+    if different:
+        raise UserError(
+            f"process {different[0]} has other options or other data than process 0: start all "
+            "with the same command, but for --process-id, and the same data"
+        )
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process is gone."""
+    text = str(error)
+    return (
+        jax.process_count() > 1
+        and "RESOURCE_EXHAUSTED" not in text
+        and _LOST.search(text) is not None
+    )
+
+
 @contextmanager
-def explained(options: DeviceOptions) -> Iterator[None]:
+def explained() -> Iterator[None]:
     """Tells, in the place of what JAX raises when a process is gone, what to do about it."""
     try:
         yield
-    except RuntimeError as error:  # JAX's errors are
-        if options.coordinator is None or not _LOST.search(str(error)):
+    except UserError:
+        raise
+    except Exception as error:  # JAX's, or Orbax's around them
+        if not is_lost(error):
             raise
         raise LostError(
             f"process {jax.process_index()} of {jax.process_count()} has lost the others: one of "
@@ -94,7 +133,13 @@ def _leave_last_words(options: DeviceOptions) -> None:
     line = f"error: process{who} was ended from outside, or has lost another one. {_AGAIN}."
     script = 'read -r word; [ -n "$word" ] || echo "$0" >&2'
     _last_words = subprocess.Popen(["sh", "-c", script, line], stdin=subprocess.PIPE)
-    atexit.register(_need_no_last_words)
+    atexit.register(_take_leave)
+
+
+def _take_leave() -> None:
+    # The others may be at work still, or end, while this one waits for them.
+    jax.distributed.shutdown()
+    _need_no_last_words()
 
 
 def _need_no_last_words() -> None:

@@ -91,10 +91,11 @@ def run(
       UserError: for anything that the person at the terminal can put right.
     """
     processes.start(config.devices)
-    with processes.explained(config.devices):
+    with processes.explained():
         check(config)
         corpus = corpus or data.load(config.data)
         trainer = Trainer(config, corpus, console or Console())
+        processes.agree({**trainer.identity(), **dataclasses.asdict(config.output)})
         with locked(config.folder) if processes.leads() else nullcontext():
             if config.overwrite and processes.leads():
                 _clear(config.folder)
@@ -249,6 +250,8 @@ class Trainer:
             "kv_heads": self.size.kv_heads,
         }
         identity = {flag(key): value for key, value in options.items() if key not in _IRRELEVANT}
+        if config.training.average == "projections":  # each device's part is clipped by itself
+            identity["--mesh"] = f"data={self.layout.mesh.shape['data']}"
         identity["the training data's hash"] = self.corpus.fingerprint
         identity["the validation data's hash"] = self.corpus.validation_fingerprint
         return json.loads(json.dumps(identity, default=str))
@@ -349,11 +352,15 @@ class Trainer:
         reports = [optax_gale.traffic_report(step) for step in compiled.values()]
         sent = min(report.sent for report in reports)
         most = max(report.sent_at_most for report in reports)
-        return (
+        text = (
             f"Each device holds {weights} of weights and {state} of the optimizer's state, needs "
-            f"{human_bytes(peak)} in a step, and sends {human_bytes(sent)} in one, "
-            f"{human_bytes(most)} where projectors are refreshed."
+            f"{human_bytes(peak)} in a step, and sends {human_bytes(sent)} in one"
         )
+        if most == sent:
+            return f"{text}."
+        if self.config.training.micro_batches > 1:  # branches in the loop: nobody knows how often
+            return f"{text}, or more: at most {human_bytes(most)}."
+        return f"{text}, {human_bytes(most)} where projectors are refreshed."
 
     def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (self.config.training.batch_size, self.corpus.sequence_length)

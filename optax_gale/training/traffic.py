@@ -33,7 +33,8 @@ class Collective(NamedTuple):
       size: bytes of all of them.
       group: devices that take part together.
       times: how often it runs in a step.
-      in_branch: whether it runs only in one branch of a conditional, as a refresh does.
+      in_branch: whether it runs only in one branch of a conditional, as a refresh does; in a loop,
+        ``times`` then takes the branch for one of every turn.
     """
 
     kind: Kind
@@ -68,12 +69,12 @@ class TrafficReport:
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends in a step whose conditionals take no branch of their own."""
+        """Bytes that each device sends in a step, at least: what no conditional decides about."""
         return sum(c.sent for c in self.collectives if not c.in_branch)
 
     @property
     def sent_at_most(self) -> float:
-        """Bytes that each device sends in a step that takes every branch, such as a refresh."""
+        """Bytes that each device sends, at most: every branch is taken, in every turn of a loop."""
         return sum(c.sent for c in self.collectives)
 
     @property
