@@ -16,7 +16,7 @@ os.environ.setdefault("NPROC", "32")
 if version("jaxlib").startswith("0.10."):
     # The other code generator takes several times as long, and compiling is nearly all that these
     # tests do. Later releases leave no choice. A program in one piece, rather than in 32 for as
-    # many threads, costs a sixth less. In front, so that the caller's own flags win.
+    # many threads, costs up to a sixth less. In front, so that the caller's own flags win.
     flags = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
     os.environ["XLA_FLAGS"] = " ".join((*flags, os.environ.get("XLA_FLAGS", "")))
 
