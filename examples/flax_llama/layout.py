@@ -112,9 +112,15 @@ class Layout:
         plain = jax.eval_shape(optax_gale.dequantize_weights, params)
         tx = optax.GradientTransformation(init, _never)
         specs = optax_gale.state_partition_specs(tx, plain, self.weights(plain))
-        return jax.tree.map(
+        found = jax.tree.map(
             lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
         )
+        shapes = jax.eval_shape(init, plain)
+        structures: list[Any] = [jax.tree.structure(tree) for tree in (found, shapes)]
+        if structures[0] == structures[1]:
+            return found
+        # A state that takes boxes apart (that of optax.contrib.galore): every device has all of it.
+        return jax.tree.map(lambda _: self.whole, shapes)
 
     def unspread(self, params: Any) -> list[str]:
         """Paths of matrices of which an axis cannot be divided as it should be."""

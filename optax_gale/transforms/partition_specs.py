@@ -27,8 +27,10 @@ class _SpecBox:
     def replace(self, **changes: Any) -> "_SpecBox":
         return dataclasses.replace(self, **changes)
 
-    def spec(self) -> PartitionSpec:
-        """The spec, if the array still has the axes that the names are of."""
+    def spec(self) -> Any:
+        """The spec, if the array still has the axes that the names are of; or what is masked."""
+        if not hasattr(self.value, "ndim"):
+            return self.value
         return PartitionSpec(*self.names) if self.value.ndim == len(self.names) else PartitionSpec()
 
 

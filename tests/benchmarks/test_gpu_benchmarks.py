@@ -351,6 +351,7 @@ def test_the_steps_benchmark_measures_once_and_goes_on_where_it_stopped(
     config = step.Config(
         cases=("nano:4",),
         only=("ordinary", "refresh", "rivals", "svd"),
+        kept=("nano:4",),
         arms=("GALE", "AdamW, f32 states"),
         seconds=0.01,
         out=tmp_path,
@@ -495,7 +496,8 @@ def test_the_memory_benchmark_stores_and_fails_where_it_is_off(tmp_path, capsys,
     parts = dict.fromkeys(PARTS, 2**28)
     off = {"60m, GALE, f32": 1.0, "60m, AdamW, f32": 1.04, "350m, GALE": 1.06}
 
-    def measured(name):
+    def measured(name, share):
+        assert share == 0.95
         if name not in off:
             return {"error": "RuntimeError: no memory"}
         predicted = sum(parts.values())
