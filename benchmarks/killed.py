@@ -8,6 +8,8 @@ the job does not end with the very loss of a run that nothing has disturbed.
 
 import dataclasses
 import random
+import shutil
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +27,7 @@ from examples.flax_llama import cli, data
 from examples.flax_llama.checkpoint import Checkpoints
 from examples.flax_llama.config import TrainConfig
 from examples.flax_llama.data import DataConfig
+from examples.flax_llama.errors import UserError
 from examples.flax_llama.metrics import read_records
 from examples.flax_llama.parsing import parse
 from examples.flax_llama.sizes import SIZES, LlamaSize
@@ -135,13 +138,16 @@ class Job:
             time.sleep(0.05)
         return time.monotonic()
 
-    def disturb(self, out: Path, moment: float, number: int) -> Row:
-        """Kills a process so many seconds after the first step; tells what is left."""
+    def disturb(self, out: Path, moment: float, number: int) -> Row | None:
+        """Kills a process so many seconds after the first step; tells what is left.
+
+        None if one had ended by then.
+        """
         with self.start(out) as group:
             begun = self.wait_for_training(group, out)
             time.sleep(max(0.0, begun + moment - time.monotonic()))
             if not group.running:
-                raise SystemExit(f"the run had ended {moment:.1f} s after its first step")
+                return None
             group.kill(number)
             killed = time.monotonic()
             ended = group.wait(_WAITED)
@@ -193,12 +199,12 @@ def table(rows: list[Row], undisturbed: float) -> list[str]:
     lines = [
         [
             str(row["run"]),
-            str(row["killed_at_step"]),
+            str(row.get("killed_at_step", "–")),
             str(row["process"]),
-            f"{row['others_ended_after']:.1f}",
-            str(max(row["checkpoints"], default="none")),
-            f"{row['loss']:.6f}",
-            "yes" if row["loss"] == undisturbed else "no",
+            f"{row['others_ended_after']:.1f}" if "others_ended_after" in row else "–",
+            str(max(row.get("checkpoints", ()), default="none")),
+            f"{row['loss']:.6f}" if "loss" in row else "–",
+            "yes" if row.get("loss") == undisturbed else f"no {row.get('error', '')[:200]}".strip(),
         ]
         for row in rows
     ]
@@ -209,7 +215,7 @@ def main(config: Config) -> None:
     """Kills, starts again, stores and tabulates.
 
     Raises:
-      SystemExit: if a final loss differs, or a checkpoint is corrupt.
+      SystemExit: if a final loss differs, a checkpoint is corrupt, or a process does not end well.
     """
     SIZES["small"] = _SMALL
     draw, rows = random.Random(config.seed), list[Row]()
@@ -221,10 +227,16 @@ def main(config: Config) -> None:
             out = job.folder / str(run)
             # Training ends a little before the process does.
             moment, number = draw.uniform(0, 0.7 * seconds), draw.randrange(config.processes)
-            row = {"run": run, "moment": moment, "process": number}
-            row |= job.disturb(out, moment, number)
-            row["loss"], _ = job.finish(out)
+            row: Row = {"run": run, "moment": moment, "process": number}
             rows.append(row)
+            try:
+                while (found := job.disturb(out, row["moment"], number)) is None:
+                    shutil.rmtree(out)
+                    row["moment"] /= 2
+                row |= found
+                row["loss"], _ = job.finish(out)
+            except (SystemExit, subprocess.TimeoutExpired, UserError) as error:
+                row["error"] = " ".join(str(error).split())
             lines = [
                 f"LLaMA of {_SMALL.layers} layers, {config.steps} steps, a checkpoint every "
                 f"{config.every}, {config.processes} processes; one of them killed (SIGKILL), all "
@@ -236,9 +248,9 @@ def main(config: Config) -> None:
             store(config.out / "killed", lines, **about, rows=rows)
             print(lines[-1], flush=True)
     print("\n".join(lines))
-    bad = [row["run"] for row in rows if row["loss"] != undisturbed]
+    bad = [row["run"] for row in rows if row.get("loss") != undisturbed]
     if bad:
-        raise SystemExit(f"another final loss than {undisturbed}: runs {bad}")
+        raise SystemExit(f"failed, or another final loss than {undisturbed}: runs {bad}")
 
 
 if __name__ == "__main__":
