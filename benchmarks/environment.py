@@ -14,6 +14,8 @@ import optax
 
 import optax_gale
 
+MOST_MEMORY = 0.95  # of a device's, the rest of which CUDA needs
+
 
 def describe() -> dict[str, str]:
     """Device, versions and commit; where there is no repository, OPTAX_GALE_COMMIT says which."""

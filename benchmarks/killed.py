@@ -26,7 +26,6 @@ from benchmarks.groups import Group
 from examples.flax_llama import cli, data
 from examples.flax_llama.checkpoint import Checkpoints
 from examples.flax_llama.config import TrainConfig
-from examples.flax_llama.data import DataConfig
 from examples.flax_llama.errors import UserError
 from examples.flax_llama.metrics import read_records
 from examples.flax_llama.parsing import parse
@@ -81,17 +80,10 @@ class Job:
         text = " ".join(draw.choices(words, k=4000))
         (folder / "text").mkdir()
         (folder / "text" / "text.txt").write_text(text)
-        self.data = DataConfig(
-            source="text",
-            path=folder / "text",
-            cache_dir=folder / "cache",
-            vocab_size=_SMALL.vocab_size,
-            sequence_length=16,
-        )
         self.options = {
             **{"size": "small", "dtype": "float32", "optimizer": "gale_adamw", "rank": 4},
-            **{"source": "text", "path": self.data.path, "cache-dir": self.data.cache_dir},
-            **{"vocab-size": self.data.vocab_size, "sequence-length": 16, "batch-size": 8},
+            **{"source": "text", "path": folder / "text", "cache-dir": folder / "cache"},
+            **{"vocab-size": _SMALL.vocab_size, "sequence-length": 16, "batch-size": 8},
             **{"steps": config.steps, "checkpoint-every": config.every, "eval-every": 0},
             **{"update-proj-gap": 30, "state-dtype": "int8", "log-every": 5},
             **{"tensorboard": False, "progress": False},
@@ -182,10 +174,6 @@ class Job:
                 if int(state.step) != step or not all(jnp.isfinite(x).all() for x in arrays):
                     raise SystemExit(f"the checkpoint of step {step} in {out} is corrupt")
         return steps
-
-
-def _is_float(x: jax.Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def records(out: Path) -> list[Row]:

@@ -20,7 +20,7 @@ import optax
 import tyro
 
 import optax_gale
-from benchmarks.environment import preallocated, store
+from benchmarks.environment import MOST_MEMORY, preallocated, store
 from benchmarks.gpu.store import Row, slug
 from examples.flax_llama import optimizers
 from examples.flax_llama.config import FloatName, OptimizerOptions, TrainingOptions
@@ -70,7 +70,7 @@ class Config:
 
     cases: tuple[str, ...] = tuple(CASES)
     """Cases."""
-    share: float = 0.95
+    share: float = MOST_MEMORY
     """Of the device's memory: less where several run beside each other."""
     out: Path = Path("benchmarks/results")
     """Where the results go."""
@@ -139,7 +139,7 @@ def compared(report: StepMemoryReport, before: Row, after: Row) -> Row:
     return row
 
 
-def in_its_own_process(name: str, share: float = 0.95) -> Row:
+def in_its_own_process(name: str, share: float = MOST_MEMORY) -> Row:
     """Measures a case in another process."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.step_memory", "--here", name],

@@ -9,7 +9,6 @@ in float32, and what they send would not be what GPUs do.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +104,6 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     chosen = tyro.cli(Config)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", chosen.devices)
     main(chosen)

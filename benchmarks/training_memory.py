@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import tyro
 
-from benchmarks.environment import preallocated
+from benchmarks.environment import MOST_MEMORY, preallocated
 from benchmarks.gpu.store import Row, Store, provenance, slug
 from benchmarks.memory_cases import (
     ADAMW,
@@ -54,7 +54,6 @@ NO_GPU = "No GPU here: this benchmark measures one (--dry True tries everything 
 GIB = 2**30
 KEY = ("case", "allocator")
 
-_MOST = 0.95  # of a device's memory, the rest of which CUDA needs
 _LIMIT_TOLERANCE = 1.01  # the allocator rounds its limit
 
 
@@ -70,7 +69,7 @@ class Config:
     """Cases to run; all by default."""
     minutes: float | None = None
     """Begins no run after so many minutes, and gives up one that lasts longer."""
-    share: float = _MOST
+    share: float = MOST_MEMORY
     """Of the device's memory, for runs without a limit: less where several run beside each other,
     as they can if no speed is asked for."""
     again: bool = False
@@ -379,7 +378,7 @@ def refusal(config: Config, name: str, total: int | None) -> str | None:
     if config.dry or total is None:
         return None
     case, has = CASES[name], total / GIB
-    if case.needs > (config.share if case.limit is None else _MOST) * has:
+    if case.needs > (config.share if case.limit is None else MOST_MEMORY) * has:
         return f"skipped: needs {case.needs:g} GiB, and this GPU has {has:.0f}"
     return None
 

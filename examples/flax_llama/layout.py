@@ -19,9 +19,10 @@ from optax_gale.quantization import Quantized
 
 _ROWS = ("data", "fsdp")  # what a batch's sequences are spread over
 
+_Axes = str | tuple[str, ...] | None
+
 # Of a matrix, without the axis of the layers: the side that reads the residual stream over "fsdp",
 # the side inside a layer over "tensor" (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053).
-_Axes = str | tuple[str, ...] | None
 _SPECS: Mapping[str, tuple[_Axes, ...]] = {
     **dict.fromkeys(("query", "key", "value", "gate", "up", "lm_head"), ("fsdp", "tensor")),
     **dict.fromkeys(("out", "down"), ("tensor", "fsdp")),
@@ -73,12 +74,7 @@ class Layout:
 
     @property
     def batch(self) -> NamedSharding:
-        """Of arrays ``(B, T)``."""
-        return self._sharding(_ROWS)
-
-    @property
-    def stream(self) -> NamedSharding:
-        """Of the residual stream ``(B, T, D)``."""
+        """Of arrays ``(B, ...)``: of tokens, and of the residual stream."""
         return self._sharding(_ROWS)
 
     def weights(self, params: Any) -> Any:
@@ -88,8 +84,7 @@ class Layout:
         )
 
     def _weight(self, path: tuple[Any, ...], x: Any) -> Any:
-        names = [str(getattr(key, "key", key)) for key in path]
-        spec = next((_SPECS[name] for name in names if name in _SPECS), ())
+        spec = _ideal(path)
         spec = (None,) * (x.ndim - len(spec)) + spec if spec else ()
         # JAX spreads an axis over devices only in equal parts.
         fitting = [
@@ -112,15 +107,9 @@ class Layout:
         plain = jax.eval_shape(optax_gale.dequantize_weights, params)
         tx = optax.GradientTransformation(init, _never)
         specs = optax_gale.state_partition_specs(tx, plain, self.weights(plain))
-        found = jax.tree.map(
+        return jax.tree.map(
             lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
         )
-        shapes = jax.eval_shape(init, plain)
-        structures: list[Any] = [jax.tree.structure(tree) for tree in (found, shapes)]
-        if structures[0] == structures[1]:
-            return found
-        # A state that takes boxes apart (that of optax.contrib.galore): every device has all of it.
-        return jax.tree.map(lambda _: self.whole, shapes)
 
     def unspread(self, params: Any) -> list[str]:
         """Paths of matrices of which an axis cannot be divided as it should be."""
@@ -128,8 +117,7 @@ class Layout:
         found = []
         for path, x in jax.tree_util.tree_flatten_with_path(plain)[0]:
             here = {name for axes in self._weight(path, x).spec for name in _names(axes)}
-            names = (str(getattr(key, "key", key)) for key in path)
-            ideal = {n for name in names for axes in _SPECS.get(name, ()) for n in _names(axes)}
+            ideal = {name for axes in _ideal(path) for name in _names(axes)}
             if any(self.mesh.shape[name] > 1 for name in ideal - here):
                 found.append(jax.tree_util.keystr(path, simple=True, separator="/"))
         return found
@@ -153,11 +141,11 @@ class Layout:
           rows: numbers of those that the arrays hold; None for all.
         """
         where = range(batch_size) if rows is None else rows
-        position = {row: i for i, row in enumerate(where)}
 
         def part(x: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
             first, last, _ = index[0].indices(batch_size)
-            return x[position[first] : position[first] + last - first, *index[1:]]
+            begin = where.index(first)
+            return x[begin : begin + last - first, *index[1:]]
 
         return {
             name: jax.make_array_from_callback(
@@ -181,6 +169,12 @@ class Layout:
         text = f"Mesh: {shape}; {self.mesh.size} × {kind}"
         processes = jax.process_count()
         return f"{text} in {processes} processes." if processes > 1 else f"{text}."
+
+
+def _ideal(path: tuple[Any, ...]) -> tuple[_Axes, ...]:
+    """How a weight's last axes are to be spread; nothing of a vector's."""
+    names = (str(getattr(key, "key", key)) for key in path)
+    return next((_SPECS[name] for name in names if name in _SPECS), ())
 
 
 def _names(axes: _Axes) -> tuple[str, ...]:

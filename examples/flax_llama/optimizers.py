@@ -166,7 +166,8 @@ def _decay_mask(alias: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _keys(path: Any) -> list[str]:
-    return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    # A parameter may lie in a box, whose field is no part of its name.
+    return [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
 
 
 def decayed(params: Any) -> Any:

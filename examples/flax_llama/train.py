@@ -95,12 +95,13 @@ def run(
         check(config)
         corpus = corpus or data.load(config.data)
         trainer = Trainer(config, corpus, console or Console())
-        processes.agree({**trainer.identity(), **dataclasses.asdict(config.output)})
+        identity = trainer.identity()
+        processes.agree({**identity, **dataclasses.asdict(config.output)})
         with locked(config.folder) if processes.leads() else nullcontext():
             if config.overwrite and processes.leads():
                 _clear(config.folder)
             processes.meet("the folder is ready")
-            _check_result(config.folder / "result.json", trainer.identity())
+            _check_result(config.folder / "result.json", identity)
             return trainer.run()
 
 
@@ -184,7 +185,7 @@ class Trainer:
 
     def _stream(self) -> jax.sharding.NamedSharding | None:
         own = self.config.training.average == "projections"  # each device on its own
-        return None if own or self.layout.mesh.size == 1 else self.layout.stream
+        return None if own or self.layout.mesh.size == 1 else self.layout.batch
 
     def run(self) -> Result:
         """Trains; see `run`."""
@@ -396,6 +397,8 @@ class Trainer:
 
     def _store_memory(self) -> None:
         """Writes what this process needed, which another that goes on will not."""
+        if not processes.leads():
+            return
         device = device_memory()  # empty where there is no count
         needed = {
             "device": jax.devices()[0].device_kind,
@@ -404,8 +407,7 @@ class Trainer:
             "first_state_bytes": self.held,
             "weights_bytes": self.memory.weights,
         }
-        if processes.leads():
-            replace_text(self.config.folder / "memory.json", json.dumps(needed, indent=2) + "\n")
+        replace_text(self.config.folder / "memory.json", json.dumps(needed, indent=2) + "\n")
 
     def _conclude(self, state: TrainState, seconds: float, evaluation: Evaluation) -> Result:
         """Writes and prints the results."""

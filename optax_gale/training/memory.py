@@ -212,7 +212,7 @@ def step_memory_report(
       >>> print(report)  # doctest: +SKIP
     """
     limit = None if budget is None else parse_bytes(budget)
-    compiled = _compiled(step, args, kwargs)
+    compiled = programs.compiled(step, args, kwargs)
     stats = compiled.memory_analysis()
     if stats is None:
         raise NotImplementedError("this backend does not say what memory a compiled program needs")
@@ -241,18 +241,6 @@ def step_memory_report(
         platform=_platform(compiled),
         budget=limit,
     )
-
-
-def _compiled(step: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if isinstance(step, (jax.stages.Lowered, jax.stages.Compiled)):
-        if args or kwargs:
-            raise TypeError(
-                "a lowered or compiled step has its arguments already: give it without any"
-            )
-        return step.compile() if isinstance(step, jax.stages.Lowered) else step
-    if not hasattr(step, "lower"):
-        raise TypeError(f"`step` must be a function of jax.jit, lowered or compiled: got {step!r}")
-    return step.lower(*args, **kwargs).compile()
 
 
 def _fullest(compiled: Any, temporaries: int) -> liveness.Fullest | None:

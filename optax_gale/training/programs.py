@@ -4,6 +4,8 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 from optax_gale.training.wire import Message
 
 _HOST_MEMORY = 5  # XLA's number of that memory space
@@ -72,6 +74,28 @@ class Program(NamedTuple):
     buffers: Mapping[int, Buffer]
     defined: Mapping[int, tuple[tuple[tuple[int, ...], int], ...]]
     is_placed: bool = True
+
+
+def compiled(step: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The compiled program of a jitted function and what to call it with, or of any later stage.
+
+    Raises:
+      TypeError: if it is something else, or has its arguments already and is given some.
+    """
+    if isinstance(step, (jax.stages.Traced, jax.stages.Lowered, jax.stages.Compiled)):
+        if args or kwargs:
+            raise TypeError(
+                "a traced, lowered or compiled step has its arguments already: give it without any"
+            )
+    elif hasattr(step, "lower"):
+        step = step.lower(*args, **kwargs)
+    else:
+        raise TypeError(
+            "`step` must be a function of jax.jit: a jitted or compiled function, got "
+            f"{type(step).__name__}: {step!r}"
+        )
+    step = step.lower() if isinstance(step, jax.stages.Traced) else step
+    return step.compile() if isinstance(step, jax.stages.Lowered) else step
 
 
 def read(compiled: Any) -> Program | None:

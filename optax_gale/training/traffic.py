@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
+from optax_gale.training import programs
+
 Kind = Literal["all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"]
 
 _KINDS = "|".join(get_args(Kind))
@@ -96,7 +98,7 @@ def traffic_report(step: Any, *args: Any, **kwargs: Any) -> TrafficReport:
       The report. Loops whose number of turns XLA does not know count once.
 
     Raises:
-      TypeError: if ``step`` is neither.
+      TypeError: if ``step`` is neither, or is compiled and given arguments.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax_gale
@@ -107,13 +109,7 @@ def traffic_report(step: Any, *args: Any, **kwargs: Any) -> TrafficReport:
       >>> report.largest <= 8
       True
     """
-    if not hasattr(step, "as_text") and hasattr(step, "lower"):
-        step = step.lower(*args, **kwargs)
-    if hasattr(step, "compile"):
-        step = step.compile()
-    if not hasattr(step, "as_text"):
-        raise TypeError(f"`step` must be a jitted or compiled function, got {type(step).__name__}.")
-    return TrafficReport(tuple(collectives(step.as_text())))
+    return TrafficReport(tuple(collectives(programs.compiled(step, args, kwargs).as_text())))
 
 
 def collectives(text: str) -> list[Collective]:

@@ -27,11 +27,15 @@ class _SpecBox:
     def replace(self, **changes: Any) -> "_SpecBox":
         return dataclasses.replace(self, **changes)
 
-    def spec(self) -> Any:
-        """The spec, if the array still has the axes that the names are of; or what is masked."""
-        if not hasattr(self.value, "ndim"):
-            return self.value
-        return PartitionSpec(*self.names) if self.value.ndim == len(self.names) else PartitionSpec()
+    def specs(self) -> Any:
+        """The spec of every array in the box that still has the axes that the names are of.
+
+        There is one array, none (``optax.MaskedNode``), or what a transformation has cut it into.
+        """
+        whole = lambda x: x.ndim == len(self.names)
+        return jax.tree.map(
+            lambda x: PartitionSpec(*self.names) if whole(x) else PartitionSpec(), self.value
+        )
 
 
 def state_partition_specs(tx: optax.GradientTransformation, params: Any, param_specs: Any) -> Any:
@@ -80,7 +84,7 @@ def state_partition_specs(tx: optax.GradientTransformation, params: Any, param_s
         boxes.append(_SpecBox(shape, names))
     state = jax.eval_shape(tx.init, treedef.unflatten(boxes))
     return jax.tree.map(
-        lambda x: x.spec() if isinstance(x, _SpecBox) else PartitionSpec(),
+        lambda x: x.specs() if isinstance(x, _SpecBox) else PartitionSpec(),
         state,
         is_leaf=lambda x: isinstance(x, _SpecBox),
     )

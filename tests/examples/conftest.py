@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from examples.flax_llama import train
 from examples.flax_llama.sizes import SIZES, LlamaSize
 
 NANO = LlamaSize(300, hidden=16, intermediate=24, layers=2, heads=2, kv_heads=1)
@@ -67,6 +68,15 @@ def nano_options(corpus_folder):
         "checkpoint-every": 6,
         "tensorboard": False,
     }
+
+
+@pytest.fixture(scope="module")
+def even():
+    """Registers the model `EVEN`; the runs of a module draw no pictures, which nobody looks at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "even", EVEN)
+        patch.setattr(train.plots, "plot_run", lambda *_: None)
+        yield
 
 
 def even_options(corpus_folder):

@@ -28,15 +28,10 @@ STEPS, GAP, STOP = 10, 4, 6  # refreshes before steps 1, 5 and 9
 PLAIN = {"select": "down", "range_finder": "random"}
 SMALL = {"select": "query", "projector_dtype": "int4"}  # and weights in 8 bits
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def known():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(conftest.SIZES, "even", conftest.EVEN)
-        patch.setattr(train.plots, "plot_run", lambda *_: None)  # nobody looks
-        yield
+pytestmark = [
+    pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"),
+    pytest.mark.usefixtures("even"),
+]
 
 
 class Run:

@@ -32,15 +32,16 @@ STEPS, GAP = 100, 15
 # Matrices larger than whatever has the rank's size, and heads for 8 devices.
 WIDE = LlamaSize(304, hidden=64, intermediate=160, layers=2, heads=8, kv_heads=8)
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+pytestmark = [
+    pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"),
+    pytest.mark.usefixtures("even"),
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def known():
+def wide():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(conftest.SIZES, "even", conftest.EVEN)
         patch.setitem(conftest.SIZES, "wide", WIDE)
-        patch.setattr(train.plots, "plot_run", lambda *_: None)  # nobody looks
         yield
 
 

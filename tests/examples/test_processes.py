@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.groups import Group
-from examples.flax_llama import cli, train
+from examples.flax_llama import cli
 from examples.flax_llama.data import Corpus, batches, train_batches, validation_batches
 from examples.flax_llama.data.corpus import Stream, windows
 from examples.flax_llama.layout import Layout
@@ -38,15 +38,10 @@ CHANGES = {
     "progress": False,
 }
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def known():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(conftest.SIZES, "even", conftest.EVEN)
-        patch.setattr(train.plots, "plot_run", lambda *_: None)  # nobody looks
-        yield
+pytestmark = [
+    pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"),
+    pytest.mark.usefixtures("even"),
+]
 
 
 @pytest.fixture(scope="module")
