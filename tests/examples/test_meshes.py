@@ -23,9 +23,9 @@ from examples.flax_llama.config import (
 from examples.flax_llama.data import DataConfig
 from examples.flax_llama.layout import Layout, bytes_on_a_device, shaped
 from examples.flax_llama.metrics import human_bytes, read_records
-from examples.flax_llama.model import next_token_loss
+from examples.flax_llama.model import Llama, next_token_loss
 from examples.flax_llama.sizes import LlamaSize, count_params
-from examples.flax_llama.step import first_state, make_train_step
+from examples.flax_llama.step import first_state, make_train_step, trace_init
 from examples.flax_llama.step_memory import batch_shapes
 
 STEPS, GAP = 100, 15
@@ -71,11 +71,14 @@ def losses(corpus_folder, tmp_path_factory):
         ("data=2,fsdp=2,tensor=2", {}),
         ("fsdp=8", {"layerwise": True}),
         ("data=2,fsdp=2,tensor=2", {"micro_batches": 2}),
+        ("data=8", {"average": "projections", "clip_norm": 0}),
+        ("data=8", {"average": "projections", "clip_norm": 0, "layerwise": True}),
     ],
 )
 def test_the_losses_of_one_device(mesh, options, losses):
-    # The order of updates is all that is different layer by layer.
-    alone = losses(**{k: v for k, v in options.items() if k != "layerwise"})
+    # The order of updates is all that is different layer by layer; a projection is linear.
+    same = ("layerwise", "average")
+    alone = losses(**{k: v for k, v in options.items() if k not in same})
     np.testing.assert_allclose(losses(mesh=mesh, **options), alone, rtol=1e-4)
     assert alone[-1] < alone[0] - 1
 
@@ -149,11 +152,11 @@ def test_what_cannot_be_divided_is_held_in_full_and_named(nano, tmp_path, capsys
 class Compiled:
     """The compiled steps of `WIDE` on a mesh, of a run that the host refreshes."""
 
-    def __init__(self, mesh, corpus_folder, **options):
+    def __init__(self, mesh, corpus_folder, average="gradients", **options):
         config = TrainConfig(
             optimizer="gale_adamw",
             optimization=OptimizerOptions(rank=4, **options),
-            training=TrainingOptions(batch_size=8),
+            training=TrainingOptions(batch_size=8, average=average),
             model=ModelOptions(size="wide", dtype="float32"),
             data=DataConfig(
                 source="text",
@@ -196,6 +199,10 @@ def compiled(corpus_folder):
     return make
 
 
+def nbytes(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 PROJECTED = "query|gate|down"  # a matrix of every shape and layout
 
 
@@ -217,6 +224,39 @@ def test_for_the_optimizer_nothing_of_a_matrixs_size_is_sent(mesh, refresh, comp
     made = compiled(mesh, select=PROJECTED)
     report = optax_gale.traffic_report(made.step(refresh))
     assert large(report) == large(made.model_alone) != Counter()
+
+
+def test_devices_that_average_projections_send_less(compiled):
+    """Of query, gate and down projections of rank 4; of all else the gradients."""
+    whole = count_params(WIDE)
+    less = whole - 2 * (64 * 64 + 2 * 64 * 160) + 2 * 4 * (64 + 2 * 160)
+    for average, numbers in (("gradients", whole), ("projections", less)):
+        made = compiled("data=8", select=PROJECTED, average=average)
+        sent = optax_gale.traffic_report(made.step(False)).sent
+        # In a ring, 4 bytes a number; and norms, the loss and the like.
+        assert sent == pytest.approx(4 * numbers * 2 * 7 / 8, rel=0.02)
+
+
+def test_on_other_devices_their_parts_are_clipped_otherwise(compiled):
+    meshes = ("data=8", "data=4")
+    with_whole, with_own = (
+        [compiled(mesh, select="down", average=average).trainer.identity() for mesh in meshes]
+        for average in ("gradients", "projections")
+    )
+    assert with_whole[0] == with_whole[1] and with_own[0] != with_own[1]
+
+
+@pytest.mark.parametrize("name", optimizers.RECIPES)
+def test_every_optimizers_state_is_spread(name, compiled):
+    layout = compiled("fsdp=4,tensor=2", select=PROJECTED).layout
+    settings = optimizers.resolve(name, OptimizerOptions(), WIDE, 100)
+    tx = optimizers.build(name, settings, TrainingOptions(steps=100))
+    state = trace_init(Llama(WIDE), tx, 0).out_info
+    where = layout.state(tx.init, state.params)
+    assert jax.tree.structure(where) == jax.tree.structure(state.opt_state)
+    share = bytes_on_a_device(state.opt_state, where) / nbytes(state.opt_state)
+    # optax.contrib.galore gets every matrix of a stack by itself, which nobody can follow.
+    assert share < (1 if name == "optax_galore" else 0.5)
 
 
 def test_that_could_have_been_seen(compiled):
@@ -268,6 +308,8 @@ def test_each_device_has_a_part_of_the_weights_and_of_the_state(compiled):
         *((f"--coordinator {c} --processes 2 --process-id 0",
            f"--coordinator must be HOST:PORT or auto, got '{c}'")
           for c in ("h", "h:", ":1", "h:0", "h:65536", "h:one", "h:-1")),
+        ("--average projections --optimizer adamw", "projections: adamw projects nothing"),
+        ("--average projections --mesh data=2,fsdp=2", "is for a --mesh of data alone"),
         ("--coordinator h:1 --processes 0 --process-id 0", "--processes must be at least 1, got 0"),
         ("--coordinator h:1 --processes 2 --process-id 2", "--process-id must be 0 to 1, got 2"),
         ("--coordinator h:1 --processes 2 --process-id -1", "--process-id must be 0 to 1, got -1"),

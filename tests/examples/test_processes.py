@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 from benchmarks.groups import Group
-from examples.flax_llama import cli
+from examples.flax_llama import cli, processes
+from examples.flax_llama.checkpoint import Checkpoints
 from examples.flax_llama.data import Corpus, batches, train_batches, validation_batches
 from examples.flax_llama.data.corpus import Stream, windows
+from examples.flax_llama.errors import LostError, UserError
 from examples.flax_llama.layout import Layout
 from examples.flax_llama.metrics import read_records
 
-# The same as the fixture `known`, for a process of its own.
+# The same as the fixture `even`, for a process of its own.
 CHILD = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -244,3 +246,51 @@ def test_a_batch_is_put_together(axes):
     np.testing.assert_array_equal(placed, tokens)
     rows = [0, 1, 2, 3, 4, 5, 6, 7]
     np.testing.assert_array_equal(layout.place({"tokens": tokens}, 8, rows)["tokens"], tokens)
+
+
+# --- Who is gone, and who was started otherwise ---
+
+
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        ("UNKNOWN: Gloo all-reduce failed: Read error: Connection reset by peer", True),
+        ("INTERNAL: NCCL operation ncclAllReduce failed: remote process exited", True),
+        ("UNAVAILABLE: The following tasks are unhealthy", True),
+        ("DEADLINE_EXCEEDED: Barrier timed out", True),
+        ("RESOURCE_EXHAUSTED: Out of memory, of which NCCL has 2 GiB", False),
+        ("INVALID_ARGUMENT: an optimization-barrier of other shapes", False),
+    ],
+)  # fmt: skip
+def test_what_says_that_a_process_is_gone(said, lost, monkeypatch):
+    error = ValueError(said)  # Orbax wraps what JAX raises
+    assert not processes.is_lost(error)  # a single process has nobody to lose
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert processes.is_lost(error) == lost
+    with pytest.raises(LostError if lost else ValueError) as raised, processes.explained():
+        raise error
+    if lost:
+        assert raised.value.status == 75 and "Start all of them again" in str(raised.value)
+
+
+def test_a_lost_process_is_no_damaged_checkpoint(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, {}, keep=1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(RuntimeError, match="reset by peer"), checkpoints._reported("read"):
+        raise RuntimeError("Gloo all-reduce failed: Connection reset by peer")
+
+
+@pytest.mark.parametrize("changed", [{}, {"--eval-every": 7}])
+def test_processes_started_otherwise_do_not_go_on(changed, monkeypatch):
+    mine, sent = {"--steps": 3, "--eval-every": 5}, []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    gather = lambda x: sent.append(x) or np.stack([x, x])
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+    processes.agree(mine)
+    gather = lambda x: np.stack([sent[0], x])
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+    if changed:
+        with pytest.raises(UserError, match="process 1 has other options"):
+            processes.agree({**mine, **changed})
+    else:
+        processes.agree(dict(reversed(mine.items())))

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import optax_gale
+from optax_gale.training import rows
 
 from .models import LAYERS, MODEL, VOCABULARY, WIDTH, make_batch, make_params
 
@@ -58,6 +59,15 @@ def test_is_the_step_of_the_whole_batch(range_finder, micro_batches, check_vma):
     chex.assert_trees_all_close(got, wanted, atol=2e-5)
     chex.assert_trees_all_close(metrics.loss, whole.loss, atol=1e-5)
     assert (metrics.grad_norm >= whole.grad_norm * 0.9999).all()
+
+
+def test_a_large_head_takes_its_step_before_the_layers(monkeypatch):
+    monkeypatch.setattr(rows, "LARGE", VOCABULARY * WIDTH)
+    train = optax_gale.layerwise(MODEL, optimizer(axis_name="data"))
+    got, _ = run(train, on_devices(train), steps=2)
+    train = optax_gale.layerwise(MODEL, optimizer())
+    wanted, _ = run(train, jax.jit(train.step), steps=2)
+    chex.assert_trees_all_close(got, wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize("clip", ["hold", "two_pass"])

@@ -156,6 +156,20 @@ def test_specs_fit_every_array_of_the_state(name):
         assert x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
+def test_specs_of_what_is_masked_or_cut():
+    """Whatever a state makes of a weight: nothing, or several arrays."""
+    cut = lambda tree: jax.tree.map(lambda x: list(x), tree)
+    parts = optax.GradientTransformation(lambda p: optax.adam(0.1).init(cut(p)), lambda *_: None)
+    mask = lambda params: {"up": True, "down": False}
+    params = {name: jax.ShapeDtypeStruct((2, 8, 16), jnp.float32) for name in ("up", "down")}
+    for tx in (parts, optax.masked(optax.adam(0.1), mask), optax.masked(parts, mask)):
+        specs = optax_gale.state_partition_specs(tx, params, P(None, "data", "model"))
+        state = jax.eval_shape(tx.init, params)
+        assert jax.tree.structure(specs) == jax.tree.structure(state)
+        mu = getattr(specs, "inner_state", specs)[0].mu
+        assert mu["up"] in (P(None, "data", "model"), [P(), P()])
+
+
 def test_specs_of_merged_axes():
     params = {"w": jax.ShapeDtypeStruct((2, 32, 4, 16), jnp.float32)}
     numbers = optax_gale.GaleDimensionNumbers(1, (2, 3))
