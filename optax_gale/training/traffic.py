@@ -23,6 +23,10 @@ _AWAITED = re.compile(r" async-(?:update|done)\(")
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)(?:e\d+m\d+\w*)?\[([\d,]*)\]")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_AXIS_OF_MESH = re.compile(r"'([^']*)'=(\d+)")
+_AXIS_OF_GROUP = re.compile(r"'([^']*)'(?::\(\d+\)(\d+))?")  # whole, or (steps)size of a part
+_EVERYBODY = re.compile(r"replica_groups=\{\}")
 
 
 class Collective(NamedTuple):
@@ -99,6 +103,7 @@ def traffic_report(step: Any, *args: Any, **kwargs: Any) -> TrafficReport:
 
     Raises:
       TypeError: if ``step`` is neither, or is compiled and given arguments.
+      NotImplementedError: if XLA names the devices of a collective in a way not known here.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax_gale
@@ -187,9 +192,18 @@ def _results(types: str, kind: Kind, *, started: bool) -> str:
 
 
 def _group(line: str, everybody: int) -> int:
-    listed, iota = _LISTED.search(line), _IOTA.search(line)
+    """Devices that take part together, in any of the ways that XLA writes them."""
+    listed, iota, mesh = (of.search(line) for of in (_LISTED, _IOTA, _MESH))
     if iota:
         return int(iota[2])
     if listed and listed[1]:
         return len(listed[1].split(","))
+    if mesh:
+        sizes = dict(_AXIS_OF_MESH.findall(mesh[1]))
+        return math.prod(int(part or sizes[a]) for a, part in _AXIS_OF_GROUP.findall(mesh[2]))
+    if "replica_groups=" in line and not _EVERYBODY.search(line):
+        raise NotImplementedError(
+            "traffic_report cannot read which devices take part in this collective; XLA writes "
+            f"them in a way that this version of optax_gale does not know: {line.strip()}"
+        )
     return everybody

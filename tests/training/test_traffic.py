@@ -173,6 +173,21 @@ INSTRUCTIONS = {
         "replica_groups=[4,2]<=[8]",
         Collective("all-to-all", (24,), 96, 2, 1, False),
     ),
+    "among devices of an axis": (
+        f"%s = {f32('2,24')} all-reduce(%p), channel_id=6, "
+        "replica_groups=mesh['a'=2,'b'=4], device_ids=(1,0,2,3,4,5,6,7) {'b'}, to_apply=%add.clone",
+        Collective("all-reduce", (48,), 192, 4, 1, False),
+    ),
+    "among devices of two axes": (
+        f"%s = {f32('2,24')} all-reduce(%p), replica_groups=mesh['a.x'=2,'b y'=2,'c'=2] "
+        "{'a.x','b y'}, use_global_device_ids=true, to_apply=%add.clone",
+        Collective("all-reduce", (48,), 192, 4, 1, False),
+    ),
+    "among devices of a part of an axis": (
+        f"%s = {f32('2,24')} all-gather(%p), replica_groups=mesh['a'=8,'b'=3] {{'a':(4)2,'b'}}, "
+        "dimensions={0}",
+        Collective("all-gather", (48,), 192, 6, 1, False),
+    ),
     "codes of 4 bits": (
         "%s = s4[2,24]{1,0:E(4)} all-reduce(%p), replica_groups=[4,2]<=[8], to_apply=%add.clone",
         Collective("all-reduce", (48,), 24, 2, 1, False),
@@ -184,6 +199,12 @@ INSTRUCTIONS = {
 def test_text(name):
     line, wanted = INSTRUCTIONS[name]
     assert collectives(program(line)) == [wanted]
+
+
+def test_groups_written_in_an_unknown_way_are_not_guessed():
+    line = f"%s = {f32('2,24')} all-reduce(%p), replica_groups=<2x4>, to_apply=%add.clone"
+    with pytest.raises(NotImplementedError, match=r"cannot read which devices.*<2x4>"):
+        collectives(program(line))
 
 
 def test_awaiting_sends_nothing():
