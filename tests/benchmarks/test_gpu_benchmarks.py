@@ -344,6 +344,7 @@ def test_without_a_gpu_the_process_exits_cleanly():
     assert done.stdout.splitlines() == [step.NO_GPU]
 
 
+@pytest.mark.slow
 def test_the_steps_benchmark_measures_once_and_goes_on_where_it_stopped(
     nano, tmp_path, capsys, quick_compilation, monkeypatch
 ):
@@ -535,6 +536,7 @@ def test_a_case_that_fails_in_its_process_is_told():
 # --- Traffic -----
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nano", "quick_compilation")
 def test_devices_average_projections_in_the_place_of_gradients(tmp_path, capsys):
     traffic.main(traffic.Config(size="nano", rank=4, devices=2, out=tmp_path))

@@ -1,6 +1,7 @@
 """A checkpoint of one mesh goes on with another, as if nothing had happened."""
 
 import functools
+import itertools
 import shutil
 
 import conftest
@@ -108,16 +109,22 @@ def saved(run_on, tmp_path_factory):
 
 SAVED = ["fsdp=8", "data=2,fsdp=2", "data=1"]
 RESTORED = ["fsdp=8", "data=2,fsdp=2", "tensor=4", "fsdp=2", "data=1"]
+QUICK = [("fsdp=8", "fsdp=8"), ("fsdp=8", "data=1"), ("data=1", "fsdp=8")]
+PAIRS = [
+    pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.slow)
+    for pair in itertools.product(SAVED, RESTORED)
+]
 
 
-@pytest.mark.parametrize("there", RESTORED)
-@pytest.mark.parametrize("here", SAVED)
+@pytest.mark.parametrize(("here", "there"), PAIRS)
 def test_goes_on_elsewhere(here, there, saved, run_on):
     folder, undisturbed = saved(here)
     check(run_on(there).restore(folder), undisturbed, exactly=here == there)
 
 
-@pytest.mark.parametrize("there", ["fsdp=8", "fsdp=2,tensor=2"])
+@pytest.mark.parametrize(
+    "there", [pytest.param("fsdp=8", marks=pytest.mark.slow), "fsdp=2,tensor=2"]
+)
 def test_with_everything_in_few_bits(there, saved, run_on):
     folder, undisturbed = saved("fsdp=8", small=True)
     got = run_on(there, small=True).restore(folder)

@@ -66,12 +66,12 @@ def losses(corpus_folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("mesh", "options"),
     [
-        ("data=8", {}),
-        ("fsdp=8", {}),
+        pytest.param("data=8", {}, marks=pytest.mark.slow),
+        pytest.param("fsdp=8", {}, marks=pytest.mark.slow),
         ("data=2,fsdp=2,tensor=2", {}),
-        ("fsdp=8", {"layerwise": True}),
-        ("data=2,fsdp=2,tensor=2", {"micro_batches": 2}),
-        ("data=8", {"average": "projections", "clip_norm": 0}),
+        pytest.param("fsdp=8", {"layerwise": True}, marks=pytest.mark.slow),
+        pytest.param("data=2,fsdp=2,tensor=2", {"micro_batches": 2}, marks=pytest.mark.slow),
+        pytest.param("data=8", {"average": "projections", "clip_norm": 0}, marks=pytest.mark.slow),
         ("data=8", {"average": "projections", "clip_norm": 0, "layerwise": True}),
     ],
 )
@@ -83,6 +83,7 @@ def test_the_losses_of_one_device(mesh, options, losses):
     assert alone[-1] < alone[0] - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "options", "tolerance"),
     [
@@ -219,7 +220,10 @@ def large(report):
 
 
 @pytest.mark.parametrize("refresh", [True, False], ids=["refresh", "between refreshes"])
-@pytest.mark.parametrize("mesh", ["fsdp=8", "tensor=8", "fsdp=4,tensor=2"])
+@pytest.mark.parametrize(
+    "mesh",
+    [*(pytest.param(m, marks=pytest.mark.slow) for m in ("fsdp=8", "tensor=8")), "fsdp=4,tensor=2"],
+)
 def test_for_the_optimizer_nothing_of_a_matrixs_size_is_sent(mesh, refresh, compiled):
     made = compiled(mesh, select=PROJECTED)
     report = optax_gale.traffic_report(made.step(refresh))

@@ -108,6 +108,7 @@ def past_a_checkpoint(folder):
     return latest + 5 <= reached <= latest + SAVED // 2
 
 
+@pytest.mark.slow
 def test_the_first_of_two_is_killed(options, undisturbed, tmp_path, environment):
     with start(2, options, tmp_path, environment, mesh="fsdp=4") as group:
         lost = kill_in_mid_run(group, 0, tmp_path)
@@ -134,6 +135,7 @@ def test_the_first_of_two_is_killed(options, undisturbed, tmp_path, environment)
     assert losses(tmp_path) == got
 
 
+@pytest.mark.slow
 def test_one_of_four_is_killed_and_one_process_goes_on(
     options, undisturbed, tmp_path, environment, capsys
 ):

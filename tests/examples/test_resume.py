@@ -17,7 +17,10 @@ from examples.flax_llama.step import Walk, make_train_step, trace_init
 
 STEPS, STOP = 6, 3
 COMBINATIONS = [
-    *itertools.product((False, True), repeat=4),
+    *(
+        pytest.param(*which, marks=pytest.mark.slow) if len({*which}) == 2 else which
+        for which in itertools.product((False, True), repeat=4)
+    ),
     (True, True, False, "previous"),
     (True, True, True, "two_pass"),
     (True, True, False, "weights"),

@@ -112,6 +112,7 @@ def test_killed_and_started_again_gives_the_same_numbers(
     assert records(tmp_path, "validation") == records(whole, "validation")
 
 
+@pytest.mark.slow
 def test_everything_that_saves_memory_goes_on_bit_for_bit(nano, tmp_path, capsys):
     words = conftest.words(
         nano, optimizer="gale_adamw", rank=4, update_proj_gap=4, state_dtype="int8",

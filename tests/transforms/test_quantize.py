@@ -411,12 +411,12 @@ GALES = {
 @pytest.mark.parametrize(
     ("moments", "schedule", "projector"),
     [
-        ("keep", "together", "int8"),
-        ("rotate", "together", "float32"),
+        pytest.param("keep", "together", "int8", marks=pytest.mark.slow),
+        pytest.param("rotate", "together", "float32", marks=pytest.mark.slow),
         ("rotate", "staggered", "int8"),
         ("rotate", "together", "int4"),
-        ("reset", "staggered", "int4"),
-        ("reset", "together", "float32"),
+        pytest.param("reset", "staggered", "int4", marks=pytest.mark.slow),
+        pytest.param("reset", "together", "float32", marks=pytest.mark.slow),
     ],
 )
 def test_trajectories_over_refreshes_stay_near_those_of_float32(moments, schedule, projector):
@@ -642,7 +642,7 @@ def test_no_gradient_no_update():
     assert updates["stack"] is None and updates["kernel"].shape == (24, 40)
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("kind", [pytest.param("Auto", marks=pytest.mark.slow), "Explicit"])
 def test_on_eight_devices_the_numbers_and_shardings_of_one(kind):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(getattr(AxisType, kind),) * 2)
     shapes = {"kernel": (16, 64), "stack": (4, 8, 24), "bias": (8,)}
