@@ -13,6 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from optax_gale.pallas.dispatch import Problem, capability, problems
 
+# Earlier versions of JAX cannot discharge references inside `custom_vmap`.
+IS_RECENT = jax.__version_info__ >= (0, 11)
 # Rows of a block: the most that one swizzled row holds.
 ROW_BYTES = 128
 # Columns of a block of half precision.
@@ -44,6 +46,8 @@ def refusal(problem: Problem) -> str | None:
     if not architecture.startswith("9."):
         found = f"this one's is {architecture}" if architecture else "there is none"
         return f"it needs an NVIDIA GPU of compute capability 9 (Hopper), and {found}"
+    if not IS_RECENT:
+        return f"it needs JAX 0.11 or later, and this is {jax.__version__}"
     return shape_refusal(problem)
 
 
@@ -263,6 +267,12 @@ def launch(
         name=name,
     )
     return kernel(*operands)
+
+
+def output(shape: Sequence[int], dtype: Any, *, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """The type of an output that is the same on all devices of a shard_map, as its inputs are."""
+    kind = jax.typeof(like).manual_axis_type
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=kind)
 
 
 def stacked(x: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from optax_gale._sharding import spec_of
+from optax_gale.pallas import meshes
 
 Implementation = Literal["xla", "mosaic_gpu", "triton"]
 _BUSY = 2**27
@@ -30,13 +30,14 @@ class Problem(NamedTuple):
     Attributes:
       kernel: name of the kernel.
       leaves: how many stacks are served together.
-      batch: matrices in one of them.
+      batch: matrices in one of them, that a device has, as all that follows.
       m: rows of a matrix.
       n: columns of a matrix.
       rank: rank of the projectors.
       rows: whether the rows are projected.
       dtype: of the matrices.
-      sharded: whether the types of the operands spread them over devices.
+      obstacle: why no kernel can serve it where it lies; empty if one can.
+      is_known: whether it is known what part a device has.
     """
 
     kernel: str
@@ -47,16 +48,19 @@ class Problem(NamedTuple):
     rank: int
     rows: bool
     dtype: str
-    sharded: bool = False
+    obstacle: str = ""
+    is_known: bool = True
 
     @classmethod
     def of(cls, kernel: str, matrices: Any, projectors: Any, *, rows: bool) -> "Problem":
         """Describes a group of stacks ``(*batch, m, n)`` with projectors ``(*batch, d, r)``."""
-        *batch, m, n = matrices[0].shape
+        *batch, m, n = meshes.part(matrices[0])
         rank = projectors[0].shape[-1]
         dtype = jnp.dtype(matrices[0].dtype).name
-        sharded = any(any(spec_of(x)) for x in (*matrices, *projectors))
-        return cls(kernel, len(matrices), math.prod(batch), m, n, rank, rows, dtype, sharded)
+        sums = kernel == "project_update"
+        obstacle = meshes.obstacle(matrices[0], projectors[0], rows=rows, sums=sums)
+        alike = (kernel, len(matrices), math.prod(batch), m, n, rank, rows, dtype)
+        return cls(*alike, obstacle, meshes.is_known(matrices[0]))
 
 
 def for_each(rows: bool | Sequence[bool], matrices: Sequence[Any]) -> list[bool]:
@@ -71,7 +75,7 @@ def problems(
     found: dict[tuple[Problem, Any], list[int]] = defaultdict(list)
     for i, (matrix, projector, by_rows) in enumerate(zip(matrices, projectors, rows, strict=True)):
         problem = Problem.of(kernel, [matrix], [projector], rows=by_rows)
-        found[problem, matrix.shape].append(i)
+        found[problem, meshes.part(matrix)].append(i)
     return [(problem._replace(leaves=len(where)), where) for (problem, _), where in found.items()]
 
 
@@ -89,6 +93,16 @@ def choose_each(
         for i in where:
             chosen[i] = name
     return chosen
+
+
+def served_together(
+    chosen: Sequence[Implementation], matrices: Sequence[Any]
+) -> list[tuple[Implementation, list[int]]]:
+    """The implementations, and which stacks each serves at once: those on one mesh."""
+    found: dict[tuple[Implementation, Any], list[int]] = defaultdict(list)
+    for i, (name, matrix) in enumerate(zip(chosen, matrices, strict=True)):
+        found[name, meshes.mesh_of(matrix)].append(i)
+    return [(name, where) for (name, _), where in found.items()]
 
 
 def choose(problem: Problem, asked: Implementation | None) -> Implementation:
@@ -114,9 +128,7 @@ def choose(problem: Problem, asked: Implementation | None) -> Implementation:
                 f"{reason}. Leave `implementation` out, or use 'xla'."
             )
         return asked
-    # An array may be spread over the devices without its type saying so, and a kernel in a program
-    # for several devices would gather it.
-    if jax.default_backend() != "gpu" or jax.device_count() > 1:
+    if jax.default_backend() != "gpu" or not problem.is_known:
         return "xla"
     ranked = fastest_first(problem, capability())
     return next((name for name in ranked if refusal(problem, name) is None), "xla")
@@ -134,8 +146,8 @@ def refusal(problem: Problem, name: Implementation) -> str | None:
     """Why an implementation cannot serve a problem; None if it can."""
     if name == "xla":
         return None
-    if problem.sharded:
-        return "they are sharded over devices"
+    if problem.obstacle:
+        return problem.obstacle
     try:
         module = backend(problem.kernel, name)
     except ImportError as error:
@@ -216,7 +228,7 @@ def fastest_first(problem: Problem, architecture: str) -> list[Implementation]:
         pairs = [(getattr(measured, x), getattr(problem, x)) for x in ("m", "n", "rank")]
         pairs.append((_load(measured), _load(problem)))
         steps = [abs(math.log2(a / b)) for a, b in pairs]
-        another = measured != problem._replace(sharded=False)
+        another = measured != problem._replace(obstacle="", is_known=True)
         nearness = (another, sum(steps), -len(entry["times_ms"]))
         if max(steps) <= 2 and nearness < shortest:
             best, shortest = entry["times_ms"], nearness

@@ -109,7 +109,8 @@ def update_and_apply(
       state: its state; donate it.
       params: the parameters; donate them.
       implementation: who runs the two passes over the matrices. None for the fastest that was
-        measured on such a GPU and shape, and XLA elsewhere, also where JAX sees several devices;
+        measured on such a GPU and shape, and XLA elsewhere, also where JAX sees several devices and
+        no type says what each of them has (Explicit axes and `jax.shard_map` do);
         ``"xla"``, ``"mosaic_gpu"`` or ``"triton"`` to force one for what kernels do: an inner that
         is not elementwise, a residual, and other transformations run on XLA all the same.
       **extra_args: for the transformation's `update`, such as ``refresh``.

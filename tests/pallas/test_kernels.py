@@ -231,7 +231,7 @@ def test_the_table_of_measurements_decides(monkeypatch):
     assert ask("10.0") == "xla"
 
 
-def test_one_machine_with_a_gpu_asks_the_table_and_others_do_not(monkeypatch):
+def test_where_it_is_known_what_a_gpu_has_the_table_is_asked(monkeypatch):
     problem = dispatch.Problem(**entry({})["problem"])
     refused = {"mosaic_gpu": "too old"}
     monkeypatch.setattr(
@@ -242,19 +242,18 @@ def test_one_machine_with_a_gpu_asks_the_table_and_others_do_not(monkeypatch):
     monkeypatch.setattr(dispatch, "_table", lambda: [entry(times)])
     monkeypatch.setattr(dispatch, "capability", lambda: "9.0")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert dispatch.choose(problem, None) == "triton"
-    assert dispatch.choose(problem._replace(sharded=True), None) == "xla"
-    with pytest.raises(pallas.UnsupportedError, match="sharded over devices"):
-        dispatch.choose(problem._replace(sharded=True), "triton")
+    in_the_way = problem._replace(obstacle="they lie elsewhere")
+    assert dispatch.choose(in_the_way, None) == "xla"
+    with pytest.raises(pallas.UnsupportedError, match="they lie elsewhere"):
+        dispatch.choose(in_the_way, "triton")
     with pytest.raises(pallas.UnsupportedError, match="too old"):
         dispatch.choose(problem, "mosaic_gpu")
     refused["triton"] = "no triton"
     assert dispatch.choose(problem, None) == "xla"
     del refused["mosaic_gpu"]
     assert dispatch.choose(problem, None) == "mosaic_gpu"  # the next best that is there
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
-    assert dispatch.choose(problem, None) == "xla"
+    assert dispatch.choose(problem._replace(is_known=False), None) == "xla"
 
 
 def test_the_stored_table_is_well_formed():

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from optax_gale import pallas
 from optax_gale.pallas import _mosaic_gpu, dispatch
 from optax_gale.pallas.back_project_apply import mosaic_gpu as back_project_apply
 from optax_gale.pallas.dispatch import UnsupportedError
@@ -204,6 +207,7 @@ def problem_of(**changes):
 )
 def test_refuses_shapes(changes, reason, monkeypatch):
     monkeypatch.setattr(_mosaic_gpu, "capability", lambda: "9.0")
+    monkeypatch.setattr(_mosaic_gpu, "IS_RECENT", True)
     assert project_update.refusal(problem_of()) is None
     assert reason in project_update.refusal(problem_of(**changes))
     assert reason in back_project_apply.refusal(problem_of(**changes))
@@ -213,6 +217,12 @@ def test_refuses_shapes(changes, reason, monkeypatch):
 def test_refuses_devices(architecture, reason, monkeypatch):
     monkeypatch.setattr(_mosaic_gpu, "capability", lambda: architecture)
     assert reason in back_project_apply.refusal(problem_of())
+
+
+def test_refuses_a_jax_that_cannot_run_it(monkeypatch):
+    monkeypatch.setattr(_mosaic_gpu, "capability", lambda: "9.0")
+    monkeypatch.setattr(_mosaic_gpu, "IS_RECENT", False)
+    assert "needs JAX 0.11" in back_project_apply.refusal(problem_of())
 
 
 def test_scalars_are_computed_ahead():
@@ -239,3 +249,47 @@ def test_refuses_what_the_compiler_lacks():
     power = Operation(jax.lax.pow_p, (), (0, Constant(0.5, f32)), f32)
     with pytest.raises(UnsupportedError, match="'pow'"):
         lowerable(Elementwise(1, 0, (power,), (1,)), [[]])
+
+
+@pytest.mark.skipif(not _mosaic_gpu.IS_RECENT, reason="needs JAX 0.11")
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@pytest.mark.parametrize("where", ["explicit", "shard_map", "shard_map of what all have"])
+def test_lowers_for_cuda_on_a_mesh(where, monkeypatch):
+    """Each device launches a kernel on its part, in place."""
+    monkeypatch.setattr(_mosaic_gpu, "capability", lambda: "9.0")
+    kind = AxisType.Explicit if where == "explicit" else AxisType.Auto
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind, kind))
+
+    def array(shape, spec, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    side, inside = P("x", None, None), P("x", None, "y")
+    arrays = {
+        "matrix": array((2, 512, 2048), inside),
+        "projector": array((2, 512, 128), side),
+        "moments": (array((2, 128, 2048), inside, jnp.float32),) * 2,
+        "update": array((2, 128, 2048), inside),
+    }
+    number = jnp.float32(-0.1)
+
+    def both(arrays):
+        new = pallas.back_project_apply(
+            [arrays["matrix"]], [arrays["projector"]], [arrays["update"]], [number], [number],
+            rows=True, implementation="mosaic_gpu",
+        )  # fmt: skip
+        moments = pallas.project_update(
+            [arrays["matrix"]], [arrays["projector"]], [arrays["moments"]], [[number] * 3], adam(),
+            rows=True, update_dtype=jnp.bfloat16, implementation="mosaic_gpu",
+        )  # fmt: skip
+        return new, moments
+
+    if where == "shard_map":
+        specs = {"matrix": inside, "projector": side, "moments": inside, "update": inside}
+        out = inside, inside
+        both = jax.shard_map(both, mesh=mesh, in_specs=(specs,), out_specs=out, check_vma=False)
+    elif where != "explicit":
+        both = jax.shard_map(both, mesh=mesh, in_specs=P(), out_specs=P())
+    with jax.set_mesh(mesh):
+        text = jax.jit(both).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == 2
+    assert text.count("output_operand_alias<") == 3

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from optax_gale.pallas import dispatch
+from optax_gale.pallas import dispatch, meshes
 from optax_gale.pallas.back_project_apply import xla
 from optax_gale.pallas.dispatch import Implementation
 
@@ -55,8 +55,7 @@ def back_project_apply(
     sides = dispatch.for_each(rows, weights)
     chosen = dispatch.choose_each("back_project_apply", weights, projectors, sides, implementation)
     new: dict[int, jax.Array] = {}
-    for name in dict.fromkeys(chosen):
-        where = [i for i, other in enumerate(chosen) if other == name]
+    for name, where in dispatch.served_together(chosen, weights):
         arguments: list[Any] = [[x[i] for i in where] for x in (weights, projectors, updates)]
         arguments.append(dispatch.one_for_all([(scales[i], decays[i]) for i in where]))
         by_rows = [sides[i] for i in where]
@@ -65,7 +64,12 @@ def back_project_apply(
             out = by_xla(*arguments)
         else:
             backend = dispatch.backend("back_project_apply", name)
-            kernel = functools.partial(backend.back_project_apply, rows=by_rows)
+            kernel = meshes.on_parts(
+                functools.partial(backend.back_project_apply, rows=by_rows),
+                arguments[0],
+                by_rows,
+                lambda lies: lies.matrices,
+            )
             out = dispatch.run(kernel, by_xla, *arguments)
         new |= zip(where, out, strict=True)
     return [new[i] for i in range(len(chosen))]

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from optax_gale.pallas import dispatch
+from optax_gale.pallas import dispatch, meshes
 from optax_gale.pallas.dispatch import Implementation
 from optax_gale.pallas.elementwise import Elementwise
 from optax_gale.pallas.project_update import xla
@@ -64,25 +64,31 @@ def project_update(
     chosen = choose(gradients, projectors, rows=rows, implementation=implementation)
     updates: dict[int, jax.Array] = {}
     new: dict[int, tuple[jax.Array, ...]] = {}
-    for name in dict.fromkeys(chosen):
-        where = [i for i, other in enumerate(chosen) if other == name]
+    for name, where in dispatch.served_together(chosen, gradients):
         arguments = [
             [gradients[i] for i in where],
             [projectors[i] for i in where],
             [list(moments[i]) for i in where],
             dispatch.one_for_all([scalars[i] for i in where]),
         ]
-        options = {"inner": inner, "update_dtype": update_dtype, "rows": [sides[i] for i in where]}
+        by_rows = [sides[i] for i in where]
+        options = {"inner": inner, "update_dtype": update_dtype, "rows": by_rows}
         by_xla = functools.partial(xla.project_update, **options)
         if name == "xla":
             out = by_xla(*arguments)
         else:
             backend = dispatch.backend("project_update", name)
-            kernel = functools.partial(backend.project_update, **options)
+            kernel = meshes.on_parts(
+                functools.partial(backend.project_update, **options),
+                arguments[0],
+                by_rows,
+                lambda lies: (lies.inside, lies.inside),
+            )
             out = dispatch.run(kernel, by_xla, *arguments)
         updates |= zip(where, out[0], strict=True)
         new |= zip(where, out[1], strict=True)
-    return [updates[i] for i in range(len(chosen))], [new[i] for i in range(len(chosen))]
+    order = range(len(chosen))
+    return [updates[i] for i in order], [new[i] for i in order]
 
 
 def choose(

@@ -126,7 +126,7 @@ def _launch(
         [numbers, *left, *right, *refs],
         name="project_update",
         scratch=kernel.scratch(),
-        outputs=[jax.ShapeDtypeStruct(shape, update_dtype) for _ in g],
+        outputs=[mosaic.output(shape, update_dtype, like=x) for x in g],
         blocks=kernel.blocks,
         warpgroups=kernel.warpgroups,
         interpret=interpret,
