@@ -83,10 +83,16 @@ def cases(config: Config) -> list[Case]:
     """What to measure, in order.
 
     Raises:
-      UserError: if a mesh is none, or the global batch cannot be shared by its devices.
+      UserError: if there is no such arm, rank or mesh, or a mesh cannot share the global batch.
     """
+    for arm in config.arms:
+        if arm not in ARMS:
+            raise UserError(f"no arm {arm!r}; choose from: {'; '.join(ARMS)}")
     found = []
     for size in config.sizes:
+        rank = RANKS.get(size) if config.rank is None else config.rank
+        if rank is None:
+            raise UserError(f"--rank is needed for the size {size!r}")
         for text in config.meshes:
             devices = devices_of(text)
             mesh = text if devices > 1 else None
@@ -100,7 +106,6 @@ def cases(config: Config) -> list[Case]:
                 batch = config.global_batch // devices
             for arm in config.arms:
                 if takes(ARMS[arm], mesh):
-                    rank = RANKS[size] if config.rank is None else config.rank
                     how = (config.attention_backend, config.blocks, config.steps)
                     remat = config.remat or None
                     found.append(Case(size, rank, arm, batch, config.length, mesh, remat, *how))
@@ -195,6 +200,7 @@ def _run(config: Config, wanted: list[Case]) -> None:
     store = Store(stem.with_suffix(".json"), scaling.KEY)
     store.start(flags=os.environ.get("XLA_FLAGS"), link=[])
     link = store.runs[-1]["link"]
+    tried = {1}  # numbers of devices whose link was timed, or could not be
     for case in wanted:
         key = {field: getattr(case, field) for field in scaling.KEY}
         if not config.again and store.has(**key):
@@ -203,7 +209,8 @@ def _run(config: Config, wanted: list[Case]) -> None:
             print(f"{config.minutes:g} minutes are over; run it again to go on")
             break
         seconds = 60 * config.case_minutes
-        if case.devices > 1 and not any(row["devices"] == case.devices for row in link):
+        if case.devices not in tried:
+            tried.add(case.devices)
             link += link_of(case.devices, config.link_mib, seconds)
         store.add({**key, **in_its_own_process(case, seconds)})
         text = scaling.text(store.rows, store.runs)

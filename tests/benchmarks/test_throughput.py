@@ -115,8 +115,19 @@ def test_meshes_and_batches_make_the_cases(config):
     shared = throughput.cases(dataclasses.replace(config, global_batch=4, rank=3, remat=True))
     assert {(case.mesh, case.batch) for case in shared} == {(None, 4), ("data=2", 2), ("fsdp=2", 2)}
     assert {(case.rank, case.remat) for case in shared} == {(3, True)}
-    with pytest.raises(UserError, match="--global-batch 3 cannot be shared by the 2 devices"):
-        throughput.cases(dataclasses.replace(config, global_batch=3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"meshes": ("fsdp=2",), "global_batch": 3}, "--global-batch 3 cannot be shared by the 2"),
+        ({"arms": ("GALLE",)}, "no arm 'GALLE'; choose from: AdamW, f32 states; GALE; "),
+        ({"sizes": ("13b",)}, "--rank is needed for the size '13b'"),
+    ],
+)
+def test_options_that_make_no_sense(changes, message, config):
+    with pytest.raises(UserError, match=message):
+        throughput.cases(dataclasses.replace(config, **changes))
 
 
 @pytest.mark.parametrize(
