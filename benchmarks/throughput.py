@@ -1,58 +1,37 @@
-"""Tokens a second of training LLaMA end to end: GALE against AdamW at the same batch.
+"""Tokens a second of training LLaMA end to end: GALE against AdamW, on one GPU and on meshes.
 
 The example's model and train step, bfloat16 weights, random tokens. A gap's one step that refreshes
-is weighted as such. Measurements are stored as they are made, and not repeated on the same commit
-and kind of device.
+is weighted as such. Each case runs in a process of its own that sees as many GPUs as its mesh has:
+the allocator's peak is then that case's, and one that fails takes no other with it. Measurements
+are stored as they are made, and not repeated on the same commit and kind of device.
 
     python -m benchmarks.throughput --sizes 350m 1b
+    python -m benchmarks.throughput --sizes 1b --meshes data=1 data=2 fsdp=2
+    python -m benchmarks.throughput --sizes 7b --rank 128 --meshes data=1 fsdp=2 --global-batch 2 \
+        --length 2048 --remat
 """
 
 import dataclasses
-import functools
-import statistics
+import json
+import os
+import subprocess
+import sys
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 import tyro
 
-from benchmarks.gpu import timing
-from benchmarks.gpu.arms import ADAMW, GALE, GAP, LEARNING_RATE, adamw, float32_states, gale
-from benchmarks.gpu.report import number
-from benchmarks.gpu.store import Row, Store, provenance, slug
-from examples.flax_llama.model import Llama
-from examples.flax_llama.sizes import get_size
-from examples.flax_llama.step import first_state, make_train_step
-from examples.flax_llama.tables import markdown
+from benchmarks.environment import MOST_MEMORY, preallocated
+from benchmarks.gpu import scaling
+from benchmarks.gpu.store import Row, Store, slug
+from benchmarks.gpu.training_step import ARMS, Case, devices_of, measure, takes
+from examples.flax_llama.errors import UserError
+from examples.flax_llama.model import AttentionBackend
 
-KEY = ("size", "rank", "arm", "batch", "length")
 NO_GPU = "No GPU here: this benchmark measures one (--anywhere runs it on what there is)."
 RANKS = {"tiny": 32, "60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
-_GIB = 2**30
-
-
-class Arm(NamedTuple):
-    """An optimizer.
-
-    Attributes:
-      make: the optimizer of a rank.
-      refreshes: whether the host chooses steps that refresh.
-    """
-
-    make: Callable[[int], optax.GradientTransformation]
-    refreshes: bool = False
-
-
-ARMS: dict[str, Arm] = {
-    ADAMW: Arm(lambda _: float32_states(adamw())),
-    GALE: Arm(gale, refreshes=True),
-    "AdamW, bf16 states": Arm(lambda _: adamw()),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +40,21 @@ class Config:
 
     sizes: tuple[str, ...] = ("350m", "1b")
     """Models."""
+    rank: int | None = None
+    """Of the projectors; by default each size has its own."""
     arms: tuple[str, ...] = tuple(ARMS)
-    """Optimizers."""
+    """Optimizers. Averaged projections are measured on meshes of several GPUs along data alone."""
+    meshes: tuple[str, ...] = ("data=1",)
+    """Meshes, each as the example's --mesh; data=1 is one GPU."""
     batch: int = 64
-    """Sequences a step."""
+    """Sequences a step on each GPU: a mesh of two takes twice as many (weak scaling). tokens/s are
+    those of all GPUs together."""
+    global_batch: int | None = None
+    """Sequences a step on all GPUs together, in the place of --batch: the same on every mesh, so
+    that what each GPU needs can be compared with what one needs for the same step."""
     length: int = 256
     """Tokens a sequence."""
-    attention_backend: Literal["xla", "cudnn"] = "cudnn"
+    attention_backend: AttentionBackend = "cudnn"
     """cudnn: the fused kernel of NVIDIA GPUs."""
     remat: bool = False
     """Whether activations are computed again in the backward pass."""
@@ -75,118 +62,160 @@ class Config:
     """Blocks of steps, of which the median is taken."""
     steps: int = 5
     """Steps a block."""
+    link_mib: tuple[int, ...] = (1024, 64)
+    """MiB of the arrays with which the link between the GPUs of a mesh is timed."""
     minutes: float | None = None
     """Begins no measurement after so many minutes."""
+    case_minutes: float = 8.0
+    """After which a case is given up."""
     again: bool = False
     """Measures again what is stored."""
     out: Path = Path("benchmarks/results")
     """Where the results go, and join those that are there."""
     anywhere: bool = False
     """Runs without a GPU too. The numbers then say nothing."""
+    here: str | None = None
+    """Measures one case, given as JSON, in this process, and prints what it found: how the others
+    are started."""
 
 
-def measure(config: Config, size: str, arm: Arm) -> Row:
-    """Times training steps."""
-    model = Llama(
-        get_size(size),
-        dtype=jnp.bfloat16,
-        param_dtype=jnp.bfloat16,
-        remat=config.remat,
-        attention_backend=config.attention_backend,
-    )
-    tx = optax.with_extra_args_support(arm.make(RANKS[size]))
-    state = first_state(model, tx, seed=0)
-    step = make_train_step(model, tx, optax.constant_schedule(LEARNING_RATE))
-    tokens = jax.random.randint(
-        jax.random.key(1), (config.batch, config.length), 0, model.size.vocab_size, jnp.int32
-    )
-    batch = {"tokens": tokens, "mask": jnp.ones_like(tokens, dtype=bool)}
-    kinds: dict[str, dict[str, Any]] = {"ordinary": {}}
-    if arm.refreshes:  # first, or the ordinary steps have no projectors
-        kinds = {"refresh": {"refresh": True}, "ordinary": {"refresh": False}}
-    row: Row = {}
-    for kind, options in kinds.items():
-        program = step.lower(state, batch, **options).compile()
-        seconds, state = blocks(functools.partial(_next, program, batch), state, config)
-        row[f"{kind}_ms"] = 1e3 * seconds
-        row[f"{kind}_peak_bytes"] = timing.peak_bytes(program)
-    ordinary = row["ordinary_ms"]
-    refresh = row.get("refresh_ms", ordinary)
-    row["ms"] = ordinary + (refresh - ordinary) / GAP
-    row["tokens_per_second"] = config.batch * config.length / (row["ms"] / 1e3)
-    return row
+def cases(config: Config) -> list[Case]:
+    """What to measure, in order.
+
+    Raises:
+      UserError: if there is no such arm, rank or mesh, or a mesh cannot share the global batch.
+    """
+    for arm in config.arms:
+        if arm not in ARMS:
+            raise UserError(f"no arm {arm!r}; choose from: {'; '.join(ARMS)}")
+    found = []
+    for size in config.sizes:
+        rank = RANKS.get(size) if config.rank is None else config.rank
+        if rank is None:
+            raise UserError(f"--rank is needed for the size {size!r}")
+        for text in config.meshes:
+            devices = devices_of(text)
+            mesh = text if devices > 1 else None
+            if config.global_batch is not None and config.global_batch % devices:
+                raise UserError(
+                    f"--global-batch {config.global_batch} cannot be shared by the {devices} "
+                    f"devices of --meshes {text}"
+                )
+            batch = config.batch
+            if config.global_batch is not None:
+                batch = config.global_batch // devices
+            for arm in config.arms:
+                if takes(ARMS[arm], mesh):
+                    how = (config.attention_backend, config.blocks, config.steps)
+                    remat = config.remat or None
+                    found.append(Case(size, rank, arm, batch, config.length, mesh, remat, *how))
+    return found
 
 
-def _next(program: Any, batch: Any, state: Any) -> Any:
-    return program(state, batch)[0]
+def in_its_own_process(case: Case, seconds: float) -> Row:
+    """Measures a case in another process.
+
+    Args:
+      case: what to measure.
+      seconds: after which it is given up.
+    """
+    words = ["benchmarks.throughput", "--here", json.dumps(dataclasses.asdict(case))]
+    return _last_line(words, case.devices, seconds)
 
 
-def blocks(run: Callable[[Any], Any], state: Any, config: Config) -> tuple[float, Any]:
-    """Median seconds of a step over blocks of steps, and the last state."""
-    state = jax.block_until_ready(run(run(state)))
-    times = []
-    for _ in range(config.blocks):
-        start = time.perf_counter()
-        for _ in range(config.steps):
-            state = run(state)
-        jax.block_until_ready(state)
-        times.append((time.perf_counter() - start) / config.steps)
-    return statistics.median(times), state
+def link_of(devices: int, mib: tuple[int, ...], seconds: float) -> list[Row]:
+    """Times the link between devices, in another process; nothing if that fails."""
+    words = ["benchmarks.gpu.link", "--devices", str(devices), "--mib", *map(str, mib)]
+    found = _last_line(words, devices, seconds)
+    if isinstance(found, list):
+        return found
+    print(f"the link of {devices} devices was not measured: {found['error']}", flush=True)
+    return []
 
 
-def table(rows: list[Row]) -> str:
-    """One row an arm."""
-    lines = []
-    for row in rows:
-        if "error" in row:
-            continue
-        key = {**row, "arm": ADAMW}
-        same = lambda r, key=key: all(r[field] == key[field] for field in KEY) and "error" not in r
-        adamw = next((r["tokens_per_second"] for r in rows if same(r)), None)
-        gain = None if adamw is None else row["tokens_per_second"] / adamw
-        lines.append(
-            [
-                f"LLaMA-{row['size'].upper()}, {row['batch']} × {row['length']}",
-                row["arm"] + (f", r = {row['rank']}" if row["arm"] == GALE else ""),
-                number(row["ordinary_ms"]),
-                number(row.get("refresh_ms")),
-                number(row["tokens_per_second"]),
-                "–" if gain is None else f"{gain:.3f}",
-                number((row["ordinary_peak_bytes"] or 0) / _GIB),
-            ]
+def _last_line(words: list[str], devices: int, seconds: float) -> Any:
+    """What a module prints in its last line, as JSON; or a row with the error."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", *words],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=environment(devices),
+            timeout=seconds,
         )
-    header = ["", "optimizer", "ordinary step, ms", "step that refreshes, ms"]
-    header += ["tokens/s", "of AdamW's", "peak memory, GiB"]
-    return markdown(header, lines)
+    except subprocess.TimeoutExpired:
+        return {"error": f"given up after {seconds:.0f} s"}
+    if done.returncode:
+        return {"error": f"ended with status {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def environment(devices: int) -> dict[str, str]:
+    """The variables of a process that sees so many devices.
+
+    On one GPU the library chooses other kernels than where it sees several, even if only one is
+    used.
+    """
+    if jax.default_backend() != "gpu":
+        threads = str(max(32, 4 * devices))  # more than devices: docs/devices.md
+        here = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        return {"NPROC": threads, **os.environ, **here}
+    everything = ",".join(map(str, range(jax.device_count())))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", everything).split(",")
+    variables = preallocated(MOST_MEMORY)
+    return {**variables, "CUDA_VISIBLE_DEVICES": ",".join(visible[:devices])}
 
 
 def main(config: Config) -> None:
-    """Measures, stores and tabulates."""
+    """Measures, stores and tabulates.
+
+    Raises:
+      SystemExit: if a mesh cannot be had here.
+    """
+    if config.here is not None:
+        print(json.dumps(measure(Case(**json.loads(config.here)))))
+        return
+    # This process only asks what there is, and must leave the memory to the others.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if jax.default_backend() != "gpu" and not config.anywhere:
         print(NO_GPU)
         return
+    try:
+        wanted = cases(config)
+    except UserError as error:
+        raise SystemExit(str(error)) from error
+    for case in wanted:
+        if case.devices > jax.device_count():
+            raise SystemExit(
+                f"--meshes {case.mesh} is of {case.devices} devices, and there are "
+                f"{jax.device_count()}"
+            )
+    _run(config, wanted)
+
+
+def _run(config: Config, wanted: list[Case]) -> None:
     began = time.monotonic()
     stem = config.out / f"throughput_{slug(jax.devices()[0].device_kind)}"
-    store = Store(stem.with_suffix(".json"), KEY)
-    store.start()
-    for size in config.sizes:
-        for name in config.arms:
-            key = {"size": size, "rank": RANKS[size], "arm": name}
-            key |= {"batch": config.batch, "length": config.length}
-            if not config.again and store.has(**key):
-                continue
-            if config.minutes is not None and time.monotonic() - began > 60 * config.minutes:
-                print(f"{config.minutes:g} minutes are over; run it again to go on")
-                break
-            try:
-                found = measure(config, size, ARMS[name])
-            except Exception as error:  # one that fails must not take the others with it
-                traceback.print_exc()
-                found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-            store.add({**key, **found})
-            text = f"{provenance(store.runs)}\n\n{table(store.rows)}"
-            stem.with_suffix(".md").write_text(text + "\n")
-            print(text, flush=True)
+    store = Store(stem.with_suffix(".json"), scaling.KEY)
+    store.start(flags=os.environ.get("XLA_FLAGS"), link=[])
+    link = store.runs[-1]["link"]
+    tried = {1}  # numbers of devices whose link was timed, or could not be
+    for case in wanted:
+        key = {field: getattr(case, field) for field in scaling.KEY}
+        if not config.again and store.has(**key):
+            continue
+        if config.minutes is not None and time.monotonic() - began > 60 * config.minutes:
+            print(f"{config.minutes:g} minutes are over; run it again to go on")
+            break
+        seconds = 60 * config.case_minutes
+        if case.devices not in tried:
+            tried.add(case.devices)
+            link += link_of(case.devices, config.link_mib, seconds)
+        store.add({**key, **in_its_own_process(case, seconds)})
+        text = scaling.text(store.rows, store.runs)
+        stem.with_suffix(".md").write_text(text + "\n")
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ def provenance(runs: list[Row]) -> str:
         parts = [run["device"], f"JAX {run['jax']}", f"Optax {run['optax']}"]
         parts += [f"torch {run['torch']}"] if run.get("torch") else []
         parts += [f"commit {run['commit'] or 'unknown'}"]
+        parts += [f"XLA_FLAGS {run['flags']}"] if run.get("flags") else []
         if "bandwidth" in run:
             parts.append(f"copies {run['bandwidth'] / 1e12:.2f} TB/s")
             parts.append(f"bfloat16 products {run['matrix_rate'] / 1e12:.0f} TFLOP/s")

@@ -152,16 +152,16 @@ def ceilings(copied: int = 2**31, side: int = 8192) -> Ceilings:
     matrix = jax.ShapeDtypeStruct((side, side), jnp.bfloat16)
     x, y = data.normal(matrix, 1), data.normal(matrix, 2)
     product = jax.jit(jnp.matmul).lower(x, y).compile()
-    return Ceilings(2 * copied / copy_seconds, 2 * side**3 / _repeated(lambda: product(x, y), 10))
+    return Ceilings(2 * copied / copy_seconds, 2 * side**3 / repeated(lambda: product(x, y), 10))
 
 
 def _copy_seconds(copied: int) -> float:
     numbers = data.normal(jax.ShapeDtypeStruct((copied // 4,), jnp.float32), 0)
     copy = jax.jit(lambda x: -x).lower(numbers).compile()
-    return _repeated(lambda: copy(numbers), 10)
+    return repeated(lambda: copy(numbers), 10)
 
 
-def _repeated(launch: Callable[[], Any], calls: int, blocks: int = 10) -> float:
+def repeated(launch: Callable[[], Any], calls: int, blocks: int = 10) -> float:
     """Median seconds of a call whose results are dropped."""
     jax.block_until_ready(launch())
     times = []

@@ -453,21 +453,6 @@ def test_the_dispatch_table_holds_valid_times_and_replaces_old_ones():
     assert kernels.entries([row("triton", ms=1.0, error_to_xla=0.0)], "9.0", "H200") == []
 
 
-def test_the_throughput_benchmark_trains(nano, tmp_path, monkeypatch, quick_compilation):
-    monkeypatch.setitem(throughput.RANKS, "nano", 4)
-    config = throughput.Config(
-        sizes=("nano",), arms=("AdamW, f32 states", "GALE"), batch=2, length=8, blocks=1, steps=1,
-        attention_backend="xla", out=tmp_path, anywhere=True,
-    )  # fmt: skip
-    throughput.main(config)
-    (stored,) = tmp_path.glob("throughput_*.json")
-    adamw, gale = json.loads(stored.read_text())["rows"]
-    assert adamw["tokens_per_second"] == pytest.approx(16e3 / adamw["ordinary_ms"])
-    mean = (199 * gale["ordinary_ms"] + gale["refresh_ms"]) / 200
-    assert gale["tokens_per_second"] == pytest.approx(16e3 / mean)
-    assert "GALE, r = 4" in stored.with_suffix(".md").read_text()
-
-
 # --- The memory of a step -----
 
 
