@@ -71,6 +71,7 @@ def programs() -> list[Setup]:
         small("data=2,fsdp=4", adam, 512),
         small("data=2,fsdp=2,tensor=2", adam, llama=GROUPED),
         small("data=2,fsdp=2,tensor=2", adam, 256, llama=GROUPED),
+        small("fsdp=4,tensor=2", adam),
         small("fsdp=4,tensor=2", adam, 512, llama=GROUPED),
         small("fsdp=8", low, llama=GROUPED),
         small("tensor=4", low, 256, llama=GROUPED),

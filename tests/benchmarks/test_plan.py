@@ -1,6 +1,5 @@
 """The plan for many GPUs against the example's layout, against programs, and against its page."""
 
-import dataclasses
 import json
 import math
 import re
@@ -220,4 +219,3 @@ def test_the_command_makes_its_own_devices():
     words = [sys.executable, "-m", "benchmarks.plan", "--size", "nothing"]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 1 and done.stderr.startswith("error: unknown model 'nothing'")
-    assert dataclasses.is_dataclass(Config)
