@@ -84,7 +84,7 @@ def everything(config: Config) -> list[str]:
     on_meshes = checks.meshes(config.out)
     rows = [tables.predicted(*one) for one in tables.grid()]
     averaged = tables.averaged()
-    work = checks.fitted(measured)
+    work = checks.fitted(measured) if measured else None
     title = "bfloat16 weights, layers recomputed, cuDNN attention, 4096 tokens a row of devices."
     lines = [f"GiB a device. {title}", "", tables.shapes(tables.MESHES)]
     for name in tables.MESHES:
@@ -97,7 +97,8 @@ def everything(config: Config) -> list[str]:
     lines += ["", "LLaMA-7B, averaged projections: sent", "", tables.averages(averaged)]
     lines += ["", "Compiled programs", "", tables.programs(programs)]
     lines += ["", "Peaks of one GPU", "", tables.peaks(peaks)]
-    lines += ["", f"Work of a layer: {LAYER_WORK:g} in the model, {work:g} by the mean error."]
+    if work is not None:
+        lines += ["", f"Work of a layer: {LAYER_WORK:g} in the model, {work:g} by the mean error."]
     lines += ["", "Several GPUs", "", tables.on_meshes(on_meshes)]
     lines += ["", "Every part", "", tables.details(rows)]
     store(
