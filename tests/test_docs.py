@@ -38,5 +38,5 @@ def test_every_block_of_python_is_one_that_runs():
 
 def test_the_main_pages_are_there():
     names = {"index", "guide", "flax", "migrating", "how_it_works", "measurements", "example"}
-    names |= {"devices"}
+    names |= {"devices", "plan"}
     assert names <= {page.stem for page in PAGES}

@@ -65,7 +65,7 @@ def project_update(
     updates: dict[int, jax.Array] = {}
     new: dict[int, tuple[jax.Array, ...]] = {}
     for name, where in dispatch.served_together(chosen, gradients):
-        arguments = [
+        arguments: list[Any] = [
             [gradients[i] for i in where],
             [projectors[i] for i in where],
             [list(moments[i]) for i in where],
