@@ -106,7 +106,7 @@ class Layout:
         """
         plain = jax.eval_shape(optax_gale.dequantize_weights, params)
         tx = optax.GradientTransformation(init, _never)
-        specs = optax_gale.state_partition_specs(tx, plain, self.weights(plain))
+        specs = optax_gale.state_partition_specs(tx, plain, self.weights(plain), self.mesh)
         return jax.tree.map(
             lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
         )

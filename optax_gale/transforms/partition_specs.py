@@ -1,22 +1,32 @@
 """Shardings of the optimizer's state from those of the parameters."""
 
 import dataclasses
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from optax_gale.quantization import Quantized
 from optax_gale.transforms import trees
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _SpecBox:
-    """A box whose axis names are mesh axes; every transformation carries it along."""
+    """A box whose axis names are mesh axes; every transformation carries it along.
+
+    Attributes:
+      value: the array.
+      names: the mesh axes of each of its axes.
+      all: the mesh axes of the parameter, in order.
+    """
 
     value: Any
     names: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+    all: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
     def unbox(self) -> Any:
         return self.value
@@ -27,35 +37,68 @@ class _SpecBox:
     def replace(self, **changes: Any) -> "_SpecBox":
         return dataclasses.replace(self, **changes)
 
-    def specs(self) -> Any:
+    def specs(self, sizes: Mapping[str, int]) -> Any:
         """The spec of every array in the box that still has the axes that the names are of.
 
         There is one array, none (``optax.MaskedNode``), or what a transformation has cut it into.
         """
-        whole = lambda x: x.ndim == len(self.names)
-        return jax.tree.map(
-            lambda x: PartitionSpec(*self.names) if whole(x) else PartitionSpec(), self.value
-        )
+        return jax.tree.map(lambda x: self._spec(x.shape, sizes), self.value)
+
+    def _spec(self, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+        if len(shape) != len(self.names):
+            return PartitionSpec()
+        names = list(self.names)
+        for axis in self.all:
+            if axis in _names_of(names) or sizes.get(axis, 1) == 1:
+                continue
+            # The longer side of a matrix is not the rank. Where it is shared already it stays so:
+            # for two axes on one side, compilers exchange parts of gradients.
+            sides = sorted(range(len(shape))[-2:], key=lambda i: -shape[i])
+            for side in sides:
+                if names[side] is None and shape[side] % sizes[axis] == 0:
+                    names[side] = axis
+                    break
+        return PartitionSpec(*names)
 
 
-def state_partition_specs(tx: optax.GradientTransformation, params: Any, param_specs: Any) -> Any:
+def _names_of(entries: Iterable[Any]) -> list[str]:
+    """The mesh axes in the entries of a spec."""
+    return [
+        name
+        for entry in entries
+        if entry is not None
+        for name in ((entry,) if isinstance(entry, str) else entry)
+    ]
+
+
+def state_partition_specs(
+    tx: optax.GradientTransformation, params: Any, param_specs: Any, mesh: Any = None
+) -> Any:
     """Derives a `PartitionSpec` for every array of an optimizer's state.
 
     Moments and projectors keep the mesh axes of the weight's axes that they still have; the rank
-    axis is not sharded. ``optax.tree.map_params`` cannot do this: it takes every array that belongs
-    to a parameter for one of the parameter's shape.
+    axis is not sharded. The devices along a mesh axis that is lost so would each have the whole of
+    them: moments of a weight that FSDP shards along its projected side, say. With ``mesh`` they
+    share them: the mesh axis goes to the side that is left, or to the rank where that side has one.
+    A step then scatters the sums of projections and gathers the inner's updates. That sends as much
+    as sums that all devices get.
+
+    ``optax.tree.map_params`` cannot do any of this: it takes every array that belongs to a
+    parameter for one of the parameter's shape.
 
     Args:
       tx: any Optax transformation, with or without a `gale` inside.
       params: the parameters or their shapes; boxes are looked through.
       param_specs: a `PartitionSpec` or `NamedSharding` for every parameter, or a prefix tree.
+      mesh: a mesh with Auto axes, if its devices are to share what they would all have.
 
     Returns:
       A tree like ``tx.init(params)`` with a `PartitionSpec` for every array.
 
     Raises:
-      ValueError: if ``param_specs`` is not a prefix of ``params``, or a spec is longer than its
-        parameter has axes.
+      ValueError: if ``param_specs`` is not a prefix of ``params``, a spec is longer than its
+        parameter has axes or names an axis that ``mesh`` has not, or ``mesh`` has Explicit axes, on
+        which the state lies where the parameters' types put it.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax_gale
@@ -67,7 +110,14 @@ def state_partition_specs(tx: optax.GradientTransformation, params: Any, param_s
       True
       >>> specs.inner_state[0].mu["kernel"] == P(None, "model")
       True
+      >>> mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
+      >>> specs = optax_gale.state_partition_specs(tx, params, {"kernel": P("data", "model")}, mesh)
+      >>> specs.projector["kernel"] == P("data", "model")
+      True
+      >>> specs.inner_state[0].mu["kernel"] == P("data", "model")
+      True
     """
+    sizes = _sizes(mesh)
     leaves, treedef = trees.flatten(params)
     is_spec = lambda x: isinstance(x, (PartitionSpec, NamedSharding))
     specs = trees.broadcast_prefix("param_specs", param_specs, params, is_spec)
@@ -80,11 +130,33 @@ def state_partition_specs(tx: optax.GradientTransformation, params: Any, param_s
                 f"of its shape {tuple(leaf.value.shape)}."
             )
         names += (None,) * (leaf.value.ndim - len(names))
+        unknown = [name for name in _names_of(names) if mesh is not None and name not in sizes]
+        if unknown:
+            raise ValueError(
+                f"`param_specs` of '{leaf.path}' is {spec}, but `mesh` has no axis {unknown[0]!r}: "
+                f"its axes are {', '.join(sizes)}."
+            )
         shape = jax.ShapeDtypeStruct(leaf.value.shape, leaf.value.dtype)
-        boxes.append(_SpecBox(shape, names))
+        boxes.append(_SpecBox(shape, names, tuple(_names_of(names))))
     state = jax.eval_shape(tx.init, treedef.unflatten(boxes))
-    return jax.tree.map(
-        lambda x: x.specs() if isinstance(x, _SpecBox) else PartitionSpec(),
-        state,
-        is_leaf=lambda x: isinstance(x, _SpecBox),
-    )
+
+    def specs_of(x: Any) -> Any:
+        if isinstance(x, Quantized):
+            # Scales have few numbers, in an order that has to do with blocks.
+            return dataclasses.replace(x, codes=specs_of(x.codes), scales=alone(x.scales))
+        return x.specs(sizes) if isinstance(x, _SpecBox) else PartitionSpec()
+
+    alone = lambda x: x.specs({}) if isinstance(x, _SpecBox) else PartitionSpec()
+    return jax.tree.map(specs_of, state, is_leaf=lambda x: isinstance(x, (_SpecBox, Quantized)))
+
+
+def _sizes(mesh: Any) -> dict[str, int]:
+    """Devices along each axis of a mesh; nothing without one."""
+    if mesh is None:
+        return {}
+    if AxisType.Explicit in mesh.axis_types:
+        raise ValueError(
+            f"`mesh` must have Auto axes, got {mesh.axis_types}: on Explicit axes the state lies "
+            "where the parameters' types put it. Leave `mesh` out."
+        )
+    return dict(mesh.shape)

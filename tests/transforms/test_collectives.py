@@ -35,16 +35,19 @@ OPTIMIZERS = {
 
 
 def traffic(tx, spec, shape, kind, refresh):
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(getattr(AxisType, kind),) * 2)
+    auto = kind != "Explicit"
+    axis_type = AxisType.Auto if auto else AxisType.Explicit
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
     place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
     weight, specs = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}, {"kernel": spec}
     with jax.set_mesh(mesh):
         state = jax.eval_shape(tx.init, weight)
-        of_state = optax_gale.state_partition_specs(tx, weight, specs)
+        shared = mesh if kind == "Auto, shared" else None
+        of_state = optax_gale.state_partition_specs(tx, weight, specs, shared)
         weight, state = (jax.tree.map(place, *x) for x in ((weight, specs), (state, of_state)))
         step = lambda g, s, w: optax_gale.update_and_apply(tx, g, s, w, refresh=refresh)
         shardings = jax.tree.map(lambda x: x.sharding, (weight, state))
-        options = {"out_shardings": shardings} if kind == "Auto" else {}
+        options = {"out_shardings": shardings} if auto else {}
         step = jax.jit(step, donate_argnums=(1, 2), **options)
         return optax_gale.traffic_report(step, weight, state, weight)
 
@@ -58,7 +61,7 @@ def check(tx, layout, kind, refresh):
 
 
 @pytest.mark.parametrize("refresh", [False, True], ids=["between refreshes", "refresh"])
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("kind", ["Auto", "Auto, shared", "Explicit"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_collective_has_a_weights_size(layout, kind, refresh):
     report = check(OPTIMIZERS["adamw"], layout, kind, refresh)
@@ -66,9 +69,10 @@ def test_no_collective_has_a_weights_size(layout, kind, refresh):
 
 
 @pytest.mark.parametrize("refresh", [False, True], ids=["between refreshes", "refresh"])
+@pytest.mark.parametrize("kind", ["Auto", "Auto, shared"])
 @pytest.mark.parametrize("name", ["muon", "8 bits"])
-def test_whatever_runs_inside(name, refresh):
-    check(OPTIMIZERS[name], "both", "Auto", refresh)
+def test_whatever_runs_inside(name, kind, refresh):
+    check(OPTIMIZERS[name], "both", kind, refresh)
 
 
 def test_where_the_projected_side_is_whole_nothing_is_sent_between_refreshes():

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_gale
@@ -145,11 +145,41 @@ def test_specs_keep_surviving_axes_and_leave_the_rank_axis_alone():
     assert specs.count == P()
 
 
+def test_on_a_mesh_what_all_devices_would_have_is_shared():
+    mesh = AbstractMesh((4, 2), ("data", "model"))
+    tx = optax_gale.gale_adamw(1e-3, 8, side="short")
+    specs = optax_gale.state_partition_specs(tx, shapes(), SPECS, mesh)
+    mu = specs.inner_state[0].mu
+    # To the side that is kept, or where that has an axis, to the rank; never to the layers.
+    assert mu["layers"]["up"]["kernel"] == P(None, "data", "model")
+    assert specs.projector["layers"]["up"]["kernel"] == P(None, "data", "model")
+    assert mu["embed"]["embedding"] == P("model", None)  # has lost nothing
+    by_one = {"w": jax.ShapeDtypeStruct((2, 32, 64), jnp.float32)}
+    specs = optax_gale.state_partition_specs(tx, by_one, P(None, "data", None), mesh)
+    assert specs.inner_state[0].mu["w"] == P(None, None, "data")
+    assert specs.projector["w"] == P(None, "data", None)
+    # What a mesh axis does not divide stays whole.
+    odd = {"w": jax.ShapeDtypeStruct((2, 32, 67), jnp.float32)}
+    odd_rank = optax_gale.gale_adamw(1e-3, 7, side="short")
+    specs = optax_gale.state_partition_specs(odd_rank, odd, P(None, "data", None), mesh)
+    assert specs.inner_state[0].mu["w"] == P(None, None, None)
+
+
+def test_scales_of_codes_are_not_shared():
+    mesh = AbstractMesh((4, 2), ("data", "model"))
+    tx = optax_gale.gale_adamw(1e-3, 8, side="short", state_dtype="int8")
+    weight = {"w": jax.ShapeDtypeStruct((64, 1024), jnp.float32)}
+    specs = optax_gale.state_partition_specs(tx, weight, P("data", None), mesh)
+    mu = specs.inner_state.inner_state[0].mu["w"]
+    assert (mu.codes, mu.scales) == (P(None, "data"), P(None, None))
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_specs_fit_every_array_of_the_state(name):
+def test_specs_fit_every_array_of_the_state(name, shared):
     tx = TRANSFORMATIONS[name]
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
-    specs = optax_gale.state_partition_specs(tx, shapes(), SPECS)
+    specs = optax_gale.state_partition_specs(tx, shapes(), SPECS, mesh if shared else None)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     state = jax.jit(tx.init, out_shardings=shardings)(made(shapes()))
     for x, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
@@ -194,6 +224,12 @@ def test_specs_that_do_not_fit_are_refused():
         optax_gale.state_partition_specs(tx, params, P("data", None, "model"))
     with pytest.raises(ValueError, match="param_specs"):
         optax_gale.state_partition_specs(tx, params, {"w": P(), "x": P()})
+    mesh = AbstractMesh((4, 2), ("data", "model"))
+    with pytest.raises(ValueError, match=r"'w'.*no axis 'fsdp'.*data, model"):
+        optax_gale.state_partition_specs(tx, params, P("fsdp"), mesh)
+    explicit = AbstractMesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    with pytest.raises(ValueError, match="must have Auto axes"):
+        optax_gale.state_partition_specs(tx, params, P("data"), explicit)
 
 
 def test_report_of_a_state_with_keys():
