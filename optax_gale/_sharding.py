@@ -43,6 +43,20 @@ def replicate(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec)))
 
 
+def undivided(x: jax.Array, axis: int) -> jax.Array:
+    """Returns ``x`` with a dimension that the compiler must not spread over Auto axes.
+
+    Of a product over a spread dimension it would add up parts of the size of the result. It can be
+    told where the mesh is known: under `jax.set_mesh`, or `jax.sharding.use_abstract_mesh`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Auto not in mesh.axis_types or AxisType.Explicit in mesh.axis_types:
+        return x
+    spec = [PartitionSpec.UNCONSTRAINED] * x.ndim
+    spec[axis] = None  # type: ignore[call-overload]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
 def shards(x: jax.Array, axis: int) -> int:
     """Returns in how many parts the type of ``x`` divides a dimension."""
     mesh = jax.typeof(x).sharding.mesh

@@ -237,10 +237,14 @@ class Matrices(NamedTuple):
         """Numbers of one projected gradient: the shorter side becomes the rank."""
         return rank * max(self.rows, self.columns)
 
+    def projector(self, rank: int) -> int:
+        """Numbers of one projector."""
+        return rank * min(self.rows, self.columns)
+
     @property
     def reduced_over(self) -> str:
-        """The axis that shares the projected side, and adds up what its devices project."""
-        return "fsdp" if (self.rows <= self.columns) == self.fsdp_rows else "tensor"
+        """The axis that shares the projected side: columns, unless rows are shorter."""
+        return "fsdp" if (self.rows < self.columns) == self.fsdp_rows else "tensor"
 
 
 def matrices(llama: LlamaSize) -> list[Matrices]:

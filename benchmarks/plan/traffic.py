@@ -145,13 +145,24 @@ def _embedding(setup: Setup) -> Iterator[Transfer]:
 
 
 def _projections(setup: Setup) -> Iterator[Transfer]:
-    """Sums of what devices project of their parts of a gradient, in float32."""
-    rank, (_, fsdp, tensor) = setup.optimizer.rank, setup.axes
+    """What the optimizer sends, in float32: devices share its state, and need some of it whole."""
     for m in _projected(setup):
-        axis = m.reduced_over
-        devices, others = (fsdp, tensor) if axis == "fsdp" else (tensor, fsdp)
-        size = 4 * setup.llama.layers * m.projected(rank) / others
-        yield _plain("projections", axis, summed(size, devices))
+        yield _along(setup, m, "fsdp", setup.axes[1], setup.axes[2])
+        yield _along(setup, m, "tensor", setup.axes[2], setup.axes[1])
+
+
+def _along(setup: Setup, m: Matrices, axis: str, devices: int, others: int) -> Transfer:
+    """Along one axis, of which the other devices along the other axis have parts."""
+    rank, share = setup.optimizer.rank, 4 * setup.llama.layers / others
+    projector = gathered(share * m.projector(rank), devices)
+    if axis != m.reduced_over:
+        return _plain("projections", axis, projector)
+    inside = gathered(share * m.projected(rank), devices)
+    # Where gradients were added up whole, each device projects for its part of the other side.
+    # Else what they project of their own parts is added up. The updates are gathered after both.
+    alone = axis == "fsdp" and others == 1
+    most = inside + (projector if alone else 2 * inside)
+    return Transfer("projections", axis, most, inside + min(projector, inside))
 
 
 def _projected(setup: Setup) -> list[Matrices]:

@@ -217,6 +217,8 @@ def make_train_step(
         take = _whole(model, tx, loss_chunks, walk)
     if walk.mesh is not None:
         take = _each_on_its_own(take, walk.mesh)
+    elif shardings is not None:
+        take = _on_mesh(take, jax.tree.leaves(shardings)[0].mesh)
 
     def train_step(
         state: TrainState, batch: Batch, refresh: bool | None = None
@@ -275,6 +277,16 @@ def _whole(
         return *carried, jnp.mean(loss), jnp.mean(norm)
 
     return one if micro_batches == 1 else take
+
+
+def _on_mesh(take: _Take, mesh: Mesh) -> _Take:
+    """The optimizer is told of the mesh, and tells the compiler what not to spread."""
+
+    def there(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return take(*arguments)
+
+    return there
 
 
 def _each_on_its_own(take: _Take, mesh: Mesh) -> _Take:

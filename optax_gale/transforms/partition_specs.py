@@ -1,7 +1,6 @@
 """Shardings of the optimizer's state from those of the parameters."""
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -81,7 +80,9 @@ def state_partition_specs(
     them: moments of a weight that FSDP shards along its projected side, say. With ``mesh`` they
     share them: the mesh axis goes to the side that is left, or to the rank where that side has one.
     A step then scatters the sums of projections and gathers the inner's updates. That sends as much
-    as sums that all devices get.
+    as sums that all devices get. Compile such a step under `jax.set_mesh`: only where the mesh is
+    known can the compiler be told never to spread the rank in products, of which it would add up
+    parts of the weight's size.
 
     ``optax.tree.map_params`` cannot do any of this: it takes every array that belongs to a
     parameter for one of the parameter's shape.

@@ -222,7 +222,11 @@ def large(report):
 @pytest.mark.parametrize("refresh", [True, False], ids=["refresh", "between refreshes"])
 @pytest.mark.parametrize(
     "mesh",
-    [*(pytest.param(m, marks=pytest.mark.slow) for m in ("fsdp=8", "tensor=8")), "fsdp=4,tensor=2"],
+    [
+        *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("fsdp=8", "tensor=8")),
+        "fsdp=4,tensor=2",
+        "data=2,fsdp=2,tensor=2",
+    ],
 )
 def test_for_the_optimizer_nothing_of_a_matrixs_size_is_sent(mesh, refresh, compiled):
     made = compiled(mesh, select=PROJECTED)

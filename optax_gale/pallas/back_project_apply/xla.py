@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_gale._products import einsum, operand
+from optax_gale._sharding import undivided
 from optax_gale.pallas.dispatch import one_for_each
 
 
@@ -32,7 +33,8 @@ def back_project_apply(
 
 def back_project(p: jax.Array, u: jax.Array, *, rows: bool, dtype: Any) -> jax.Array:
     """``P U`` or ``U P^T`` in float32, from operands fit for weights of ``dtype``."""
-    p, u = operand(p, dtype), operand(u, dtype)
+    p = undivided(operand(p, dtype), -1)
+    u = undivided(operand(u, dtype), -2 if rows else -1)
     if rows:
         return einsum("...dr,...rn->...dn", p, u)
     return einsum("...mr,...dr->...md", u, p)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from optax_gale._products import einsum, operand, working_dtype
+from optax_gale._sharding import undivided
 from optax_gale.pallas.dispatch import one_for_each
 from optax_gale.pallas.elementwise import Elementwise
 
@@ -34,10 +35,10 @@ def project_update(
 
 def project(g: jax.Array, p: jax.Array, *, rows: bool) -> jax.Array:
     """``P^T G`` or ``G P`` in float32."""
-    p = operand(p, g.dtype)
+    p = undivided(operand(p, g.dtype), -1)
     if jax.default_backend() == "cpu":
         # As CPUs do by themselves, only that jaxlib 0.10 fails on some products of one matrix.
         g, p = g.astype(working_dtype(g)), p.astype(working_dtype(g))
     if rows:
-        return einsum("...dr,...dn->...rn", p, g)
-    return einsum("...md,...dr->...mr", g, p)
+        return undivided(einsum("...dr,...dn->...rn", p, g), -2)
+    return undivided(einsum("...md,...dr->...mr", g, p), -1)
