@@ -8,7 +8,6 @@ import jax
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optax_gale.quantization import Quantized
 from optax_gale.transforms import trees
 
 
@@ -140,15 +139,11 @@ def state_partition_specs(
         shape = jax.ShapeDtypeStruct(leaf.value.shape, leaf.value.dtype)
         boxes.append(_SpecBox(shape, names, tuple(_names_of(names))))
     state = jax.eval_shape(tx.init, treedef.unflatten(boxes))
-
-    def specs_of(x: Any) -> Any:
-        if isinstance(x, Quantized):
-            # Scales have few numbers, in an order that has to do with blocks.
-            return dataclasses.replace(x, codes=specs_of(x.codes), scales=alone(x.scales))
-        return x.specs(sizes) if isinstance(x, _SpecBox) else PartitionSpec()
-
-    alone = lambda x: x.specs({}) if isinstance(x, _SpecBox) else PartitionSpec()
-    return jax.tree.map(specs_of, state, is_leaf=lambda x: isinstance(x, (_SpecBox, Quantized)))
+    return jax.tree.map(
+        lambda x: x.specs(sizes) if isinstance(x, _SpecBox) else PartitionSpec(),
+        state,
+        is_leaf=lambda x: isinstance(x, _SpecBox),
+    )
 
 
 def _sizes(mesh: Any) -> dict[str, int]:

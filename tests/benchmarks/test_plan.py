@@ -116,7 +116,7 @@ def test_a_layer_keeps_what_its_derivative_needs(size):
 def test_programs_send_and_hold_what_the_model_says(setup):
     (row, *_) = checks.against_program(setup, refreshes=(False,))
     assert abs(row["sent_error"]) < 0.03
-    assert -0.003 < row["held_error"] <= 0
+    assert -0.005 < row["held_error"] <= 0
     assert traffic(setup).least <= row["sent"]
 
 

@@ -165,13 +165,14 @@ def test_on_a_mesh_what_all_devices_would_have_is_shared():
     assert specs.inner_state[0].mu["w"] == P(None, None, None)
 
 
-def test_scales_of_codes_are_not_shared():
+def test_codes_and_scales_are_shared():
     mesh = AbstractMesh((4, 2), ("data", "model"))
     tx = optax_gale.gale_adamw(1e-3, 8, side="short", state_dtype="int8")
     weight = {"w": jax.ShapeDtypeStruct((64, 1024), jnp.float32)}
     specs = optax_gale.state_partition_specs(tx, weight, P("data", None), mesh)
     mu = specs.inner_state.inner_state[0].mu["w"]
-    assert (mu.codes, mu.scales) == (P(None, "data"), P(None, None))
+    # Of 8 × 1024 codes in blocks of 256, 8 × 4 scales.
+    assert (mu.codes, mu.scales) == (P(None, "data"), P("data", None))
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
