@@ -29,7 +29,12 @@ if not os.environ.get("OPTAX_GALE_GPU"):
     jax.config.update("jax_num_cpu_devices", 8)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks
 def pytest_collection_modifyitems(items):
+    for item in items:
+        quick = item.get_closest_marker("quick")
+        if quick is not None and item.callspec.id not in quick.args:
+            item.add_marker(pytest.mark.slow)
     if jax.default_backend() == "gpu":
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU (run with OPTAX_GALE_GPU=1 on one)")

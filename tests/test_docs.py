@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
     [page for page in PAGES if BLOCK.search(page.read_text())],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
+@pytest.mark.quick("README.md", "docs/index.md", "docs/migrating.md")
 def test_python_blocks_run(page):
     text = page.read_text()
     namespace = {"__name__": "__main__"}

@@ -88,7 +88,10 @@ def test_a_kernels_work(nano):
     assert first.work == Work(2 * (288 + 192 + 2 * 2 * 144 + 72), 2 * (2 * 144 * 2))
     second = problems.task("back_project_apply", shape)
     assert second.work == Work(2 * (2 * 288 + 192 + 72), 2 * (2 * 144 * 2))
-    assert first.problem == Problem("project_update", 2, 3, 8, 6, 2, True, "bfloat16")
+    known = len(jax.devices()) == 1
+    assert first.problem == Problem(
+        "project_update", 2, 3, 8, 6, 2, True, "bfloat16", is_known=known
+    )
     sides = [(s.group.m, s.group.n, s.rows) for s in problems.shapes_of([nano], ["long", "short"])]
     assert sides == [
         (16, 16, True), (16, 16, False), (24, 16, True), (24, 16, False),
@@ -112,6 +115,7 @@ def test_random_states_look_like_mid_training():
 
 
 @pytest.mark.parametrize("name", [name for name in arms.ARMS if name not in arms.FORCED])
+@pytest.mark.quick("GALE", "AdamW, f32 states")
 def test_every_arm_takes_a_step_of_the_right_kind(name, nano, quick_compilation):
     arm = arms.ARMS[name]
     weights = shapes.parameters(nano.size, stacked=name != arms.CONTRIB)
@@ -398,6 +402,7 @@ def test_an_arm_that_fails_leaves_the_others_alone(nano, tmp_path, monkeypatch, 
     assert rows["AdamW, f32 states"]["ms"] > 0
 
 
+@pytest.mark.slow
 def test_single_steps_with_refreshes_chosen_by_the_host(nano, tmp_path, quick_compilation):
     config = step.Config(spread_steps=12, out=tmp_path, anywhere=True)
     bench = step.Bench(config, Store(tmp_path / "x.json", step.KEY), Ceilings(1e12, 1e14))

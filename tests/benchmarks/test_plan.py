@@ -113,6 +113,7 @@ def test_a_layer_keeps_what_its_derivative_needs(size):
     ],
     ids=lambda setup: mesh_text(setup.mesh),
 )
+@pytest.mark.quick("data=2,fsdp=4")
 def test_programs_send_and_hold_what_the_model_says(setup):
     (row, *_) = checks.against_program(setup, refreshes=(False,))
     assert abs(row["sent_error"]) < 0.03

@@ -73,6 +73,7 @@ def test_a_mesh_trains_on_as_many_sequences_a_device(nano, quick_compilation):
 
 
 @TWO
+@pytest.mark.slow
 def test_averaged_projections_send_less(nano, quick_compilation):
     adamw = dataclasses.replace(CASE, mesh="data=2")
     averaged = training_step.measure(dataclasses.replace(adamw, arm=AVERAGED))

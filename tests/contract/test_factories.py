@@ -174,7 +174,16 @@ class Run(NamedTuple):
         return jax.tree.map(jnp.zeros_like, self.params)
 
 
-@pytest.fixture(scope="module", params=list(_FACTORIES), ids=lambda name: name.replace(" ", "-"))
+_QUICK = ("adamw", "adamw int8", "muon", "adafactor", "lion", "sgd", "chain", "kahan summation")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[] if name in _QUICK else pytest.mark.slow) for name in _FACTORIES
+    ],
+    ids=lambda name: name.replace(" ", "-"),
+)
 def run(request) -> Run:
     tx = _FACTORIES[request.param]()
     params = _params()

@@ -482,6 +482,7 @@ def _on_one_device(name):
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("name", list(_RUNS))
+@pytest.mark.quick("sketch-Auto", "svd-Explicit")
 def test_sharded_parameters_give_the_numbers_of_one_device(kind, name):
     mesh = _mesh(kind)
     with jax.set_mesh(mesh):

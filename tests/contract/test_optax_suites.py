@@ -158,14 +158,16 @@ def _contrib_suite(table: tuple[dict[str, Any], ...], **replacements: Any) -> ty
 
 
 # As Optax tests its own GaLore: a rank larger than any side, so everything stays at full rank.
-ContribSuiteAtFullRank = _contrib_suite(
-    (
-        _entry("gale_adamw", 1e-2, rank=8),
-        _entry("gale_muon", 1e-2, rank=8),
-        _entry("gale_adafactor", 1e-2, rank=8),
-        _entry("gale_lion", 1e-3, rank=8),
-        _entry("gale_sgd", 1e-4, rank=8),
-        _entry("quantised", 1e-2),
+ContribSuiteAtFullRank = pytest.mark.slow(
+    _contrib_suite(
+        (
+            _entry("gale_adamw", 1e-2, rank=8),
+            _entry("gale_muon", 1e-2, rank=8),
+            _entry("gale_adafactor", 1e-2, rank=8),
+            _entry("gale_lion", 1e-3, rank=8),
+            _entry("gale_sgd", 1e-4, rank=8),
+            _entry("quantised", 1e-2),
+        )
     )
 )
 
@@ -272,9 +274,11 @@ def _galore_of(range_finder: str):
 GaLoreSuiteWithSvd = _pointed_here(
     "optax.contrib._galore_test", "GaLoreTest", _galore=_galore_of("svd")
 )
-GaLoreSuiteWithSketch = _pointed_here(
-    "optax.contrib._galore_test",
-    "GaLoreTest",
-    without="test_(?!.*(projector|converge))",
-    _galore=_galore_of("gale"),
+GaLoreSuiteWithSketch = pytest.mark.slow(
+    _pointed_here(
+        "optax.contrib._galore_test",
+        "GaLoreTest",
+        without="test_(?!.*(projector|converge))",
+        _galore=_galore_of("gale"),
+    )
 )

@@ -16,6 +16,7 @@ from examples.flax_llama.sizes import get_size
 DOCS = Path(__file__).parents[2] / "docs"
 
 
+@pytest.mark.slow
 def test_the_sketch_captures_what_the_svd_does_of_a_training_models_gradients(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(page.read_text() for page in sorted(DOCS.glob("*.md"))))
@@ -42,6 +43,7 @@ def test_fewer_bits_of_a_projector_cost_what_they_cost():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.quick("bfloat16")
 def test_the_report_on_7b_counts_what_init_would_make(dtype):
     model = Llama(get_size("7b"), dtype=dtype, param_dtype=dtype)
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)

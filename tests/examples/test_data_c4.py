@@ -125,6 +125,7 @@ def test_validation_is_complete_and_repeatable(either):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.quick("folder-2", "hub-0")
 def test_a_saved_position_continues_with_the_next_batch(either, workers):
     corpus = load(either)
     iterator = train_batches(corpus, 5, seed=1, workers=workers)

@@ -295,6 +295,7 @@ def row_name(row):
 
 
 @pytest.mark.parametrize(("changes", "observe", "expected"), EFFECTS, ids=map(row_name, EFFECTS))
+@pytest.mark.slow
 def test_the_option_has_its_effect(changes, observe, expected, rehearse):
     assert observe(rehearse(**changes)) == expected
 

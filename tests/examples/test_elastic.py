@@ -122,9 +122,8 @@ def test_goes_on_elsewhere(here, there, saved, run_on):
     check(run_on(there).restore(folder), undisturbed, exactly=here == there)
 
 
-@pytest.mark.parametrize(
-    "there", [pytest.param("fsdp=8", marks=pytest.mark.slow), "fsdp=2,tensor=2"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("there", ["fsdp=8", "fsdp=2,tensor=2"])
 def test_with_everything_in_few_bits(there, saved, run_on):
     folder, undisturbed = saved("fsdp=8", small=True)
     got = run_on(there, small=True).restore(folder)

@@ -54,6 +54,7 @@ def assert_same(got, wanted, keys=("loss", "grad_norm")):
 
 
 @pytest.mark.parametrize("size", [conftest.NANO, TIED], ids=["untied", "tied"])
+@pytest.mark.quick("untied")
 def test_layer_by_layer(size):
     tx = optax.sgd(0.1)
     assert_same(train(tx, Walk(layerwise=True), size, chunks=2), train(tx, size=size))
@@ -118,6 +119,7 @@ def test_refused_in_one_line(changes, message, nano, tmp_path, capsys):
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_weights_in_8_bits():
     """They begin as the others do, train like them, and are validated as what they stand for."""
     training = TrainingOptions(batch_size=4, layerwise=True)

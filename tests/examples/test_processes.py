@@ -206,6 +206,7 @@ def make_corpus(kind):
 
 @pytest.mark.parametrize("kind", ["sequences", "stream"])
 @pytest.mark.parametrize("parts", PARTITIONS, ids=len)
+@pytest.mark.quick("2-sequences", "3_1-stream")
 def test_the_parts_make_up_the_batches(parts, kind, short_window):
     corpus = make_corpus(kind)
     whole = train_batches(corpus, 6, seed=1)

@@ -107,6 +107,7 @@ def test_the_table_of_several_optimizers():
     assert "fits" not in step_memory.table(without, found)
 
 
+@pytest.mark.slow
 def test_the_command(nano, capsys, tmp_path):
     words = ["memory", "--size", "nano", "--optimizers", "sgd"]
     words += ["--batch-size", "4", "--sequence-length", "16", "--budget", "1.5MB"]

@@ -130,6 +130,7 @@ def test_everything_that_saves_memory_goes_on_bit_for_bit(nano, tmp_path, capsys
     assert [records(tmp_path, kind) for kind in ("train", "validation")] == through
 
 
+@pytest.mark.slow
 def test_finished_run_is_validated_again_and_nothing_else(options, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
     train(*conftest.words(options, out=tmp_path / "run"))
@@ -161,6 +162,7 @@ def test_other_settings_are_refused_and_named(changes, named, options, whole, ca
     assert "is of another run" in error and named in error
 
 
+@pytest.mark.slow
 def test_a_result_of_other_settings_is_not_replaced(nano, tmp_path, capsys):
     changes = {"optimizer": "sgd", "steps": 2, "checkpoint_every": 0, "out": tmp_path}
     train(*conftest.words(nano, **changes))
@@ -182,6 +184,7 @@ def test_a_result_of_other_settings_is_not_replaced(nano, tmp_path, capsys):
     assert "result.json is not readable" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_host_chooses_the_refreshes_that_the_device_would(options, whole, tmp_path):
     train(*conftest.words(options, host_refresh=True, checkpoint_every=0, out=tmp_path))
     by_host, by_device = (records(folder, "train") for folder in (tmp_path, whole))

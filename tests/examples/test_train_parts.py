@@ -183,6 +183,7 @@ def test_memory_is_counted():
 
 
 @pytest.mark.parametrize("piece", [2000, step._PIECE])
+@pytest.mark.quick("134217728")
 def test_the_first_state_is_the_same_made_in_pieces(piece, monkeypatch):
     monkeypatch.setattr(step, "_PIECE", piece)
     model = Llama(conftest.NANO, param_dtype=jnp.bfloat16)

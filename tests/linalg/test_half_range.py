@@ -68,6 +68,7 @@ def assert_alike(p, q, g):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_it_finds_what_other_devices_find(monkeypatch, dtype, options):
     g = G.astype(dtype)
     p = range_finder(KEY, g, RANK, **options)
@@ -102,6 +103,7 @@ def test_condition_numbers(monkeypatch):
     assert np.all(captured_energy(p, g) > best_energy(g, 80) - 2e-3)
 
 
+@pytest.mark.slow
 def test_blocks_of_the_gram_and_of_the_factors():
     """Matrices that are taken apart: rows in the Gram matrix, halves in the factorisation."""
     g = with_spectrum(1 / (1.0 + np.arange(300)), 8200, 300)

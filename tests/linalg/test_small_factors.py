@@ -23,6 +23,7 @@ def with_condition(condition, k, count=3):
 
 
 @pytest.mark.parametrize("k", [1, 20, 32, 33, 97, 300])
+@pytest.mark.quick("97", "33")
 def test_blocked_cholesky(k):
     a = with_condition(1e3, k)
     lower, inverse = cholesky_and_inverse(jnp.asarray(a, jnp.float32))

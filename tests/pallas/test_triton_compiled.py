@@ -53,6 +53,7 @@ print(json.dumps(sources))
 """
 
 
+@pytest.mark.slow
 def test_every_shape_of_a_launch_has_functions_of_its_own():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert not done.returncode, done.stderr

@@ -62,6 +62,7 @@ TILES = [
 @pytest.mark.parametrize("rows", [True, False], ids=["rows", "columns"])
 @pytest.mark.parametrize("shape", [(2, 72, 80), (80, 45)], ids=str)
 @pytest.mark.parametrize("tiles", TILES, ids=["walking", "in steps"])
+@pytest.mark.quick("walking-(2, 72, 80)-rows", "in steps-(80, 45)-columns")
 def test_tiles(tiles, shape, rows, monkeypatch):
     for module, tile in zip((back_project_apply, project_update), tiles, strict=True):
         monkeypatch.setattr(module, "choose_tile", lambda *_, tile=tile: tile)

@@ -103,6 +103,7 @@ def assert_same(got, wanted, atol=2e-6):
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "kahan"])
+@pytest.mark.quick("sketch", "8 bits")
 def test_is_the_ordinary_step(name):
     tx, params = OPTIMIZERS[name](), make_params()
     train = optax_gale.layerwise(MODEL, tx)
@@ -116,6 +117,7 @@ def test_is_the_ordinary_step(name):
 
 
 @pytest.mark.parametrize("make", [adamw, lambda: adamw(fixed), OPTIMIZERS["optax.adamw"]])
+@pytest.mark.quick("adamw")
 def test_is_the_ordinary_step_bit_for_bit(make):
     """On a CPU, in float32, without the optimisations by which XLA rounds each program otherwise.
 
@@ -212,6 +214,7 @@ def test_the_host_may_choose_the_refresh(refresh):
         ("chain", "two_pass"),
     ],
 )
+@pytest.mark.quick("chain-two_pass")
 def test_exact_clipping_is_that_of_the_ordinary_step(name, clip):
     tx, params = OPTIMIZERS[name](), make_params()
     train = optax_gale.layerwise(MODEL, tx, clip_norm=0.5, clip=clip)
@@ -268,6 +271,7 @@ def mean_step(tx, count, clip_norm=None):
         ("kahan", None),
     ],
 )
+@pytest.mark.quick("gale-hold")
 def test_micro_batches_take_one_step_for_the_mean(name, clip):
     inner = {
         "gale": lambda: adamw(fixed),

@@ -44,6 +44,7 @@ def run(train, step, steps=5):
     ("range_finder", "micro_batches", "check_vma"),
     [("gale", 1, True), ("svd", 1, False), ("svd", 2, True)],
 )
+@pytest.mark.quick("svd-2-True")
 def test_is_the_step_of_the_whole_batch(range_finder, micro_batches, check_vma):
     build = functools.partial(optax_gale.layerwise, MODEL, micro_batches=micro_batches)
     train = build(optimizer(range_finder, axis_name="data"))

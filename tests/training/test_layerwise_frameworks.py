@@ -82,6 +82,7 @@ SPECS = {
 @pytest.mark.parametrize(
     ("range_finder", "options"), [("gale", {}), ("svd", {"micro_batches": 2, "clip_norm": 0.5})]
 )
+@pytest.mark.quick("svd-options1")
 def test_sharded_weights(range_finder, options):
     """FSDP and tensor parallel at once: the numbers of one device, and the shardings kept."""
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)

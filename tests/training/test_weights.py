@@ -62,6 +62,7 @@ def test_boxes_stay():
 
 
 @pytest.mark.parametrize("options", [{}, {"micro_batches": 2}, {"clip_norm": 0.5}])
+@pytest.mark.quick("options0")
 def test_new_weights_are_right_on_average(options):
     """Of the step that float32 weights would take, from the numbers that the codes stand for."""
     tx = optax_gale.gale_adamw(3e-3, 4, range_finder="random")

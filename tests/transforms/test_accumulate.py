@@ -94,6 +94,7 @@ OPTIMIZERS = {
     ("name", "in_place"),
     [*((name, False) for name in OPTIMIZERS), ("adamw", True)],
 )
+@pytest.mark.quick("adamw-False", "8 bits-False")
 def test_is_a_step_for_the_mean(name, in_place):
     params, steps = make_params(), 5
     all_grads = [gradients(params, i) for i in range(K * steps)]

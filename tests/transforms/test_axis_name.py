@@ -115,6 +115,7 @@ momentum = functools.partial(optax_gale.gale_sgd, 1e-2, RANK, momentum=0.9, upda
 
 
 @pytest.mark.parametrize("name", FINDERS)
+@pytest.mark.quick("gale", "svd")
 def test_is_the_step_of_the_average(name):
     got = run(momentum(range_finder=FINDERS[name], axis_name="data"))
     wanted = run_averaged(momentum(range_finder=FINDERS[name]))
@@ -143,6 +144,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.quick("8 bits", "chain", "accumulated")
 def test_whatever_it_is_part_of(name):
     make, options = OPTIMIZERS[name]
     got = run(make(axis_name="data"), **options)

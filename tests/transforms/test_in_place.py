@@ -108,6 +108,7 @@ def elementwise(name):
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.quick("lion", "injected", "bf16_momentum")
 def test_elementwise_inners_run_in_the_kernels(name, kernels):
     tx, expected = elementwise(name)
     assert not kernels
@@ -162,6 +163,7 @@ def test_muon_and_adafactor_do_not_and_their_adam_leaves_stay_with_them(kernels)
     {"refresh_schedule": "staggered", "update_proj_gap": 8},
     {"state_dtype": "float32", "projector_dtype": "bfloat16"},
 ], ids=str)  # fmt: skip
+@pytest.mark.quick("{'residual': 'fira'}")
 def test_with_options(options, kernels):
     tx = gale(optax.adamw(1e-2, weight_decay=0.1), **options)
     expected = train(in_two_calls, tx)

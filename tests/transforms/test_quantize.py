@@ -85,6 +85,7 @@ INNERS = {
 @pytest.mark.parametrize(
     ("name", "stochastic"), [*((name, False) for name in INNERS), ("adam", True), ("lion", True)]
 )
+@pytest.mark.quick("adam-False", "lion-True")
 def test_trajectories_stay_near_those_of_float32(name, stochastic):
     """Of the way that the float32 optimizer moves the weights, at most a few hundredths apart."""
     start = draw(0)
@@ -223,6 +224,7 @@ def test_sophias_diagonal_turns_as_a_variance_does():
 
 
 @pytest.mark.parametrize("name", ["MultiSteps", "apply_every", "optimistic", "adan", "rprop"])
+@pytest.mark.quick("adan", "MultiSteps")
 def test_gradients_that_are_held_are_not_rounded(name):
     """They turn with the subspace, but nothing evens their rounding out."""
     inner, field = {
@@ -515,6 +517,7 @@ def test_decay_of_whole_weights(name):
 
 
 @pytest.mark.parametrize("projector", ["float32", "int8", "int4"])
+@pytest.mark.quick("int4")
 def test_update_and_apply_is_the_two_calls(projector):
     tx = GALES["wrapped inner"](projector_dtype=projector, range_finder="svd")
     params, grads = draw(0), draw(1)
@@ -716,6 +719,7 @@ def test_half_precision_gradients_meet_one_rounded_projector():
 
 @pytest.mark.parametrize(("rank", "shrinks"), [(1, False), (2, True)])
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.quick("int4-2-True")
 def test_a_projector_that_would_grow_stays_in_float32(rank, shrinks, dtype):
     tx = optax_gale.gale(
         optax.adamw(0.03), rank, projector_dtype=dtype, side="short", range_finder="svd"

@@ -301,6 +301,7 @@ def test_one_conditional_holds_every_factorisation(full_compilation, shapes, opt
 
 @pytest.mark.parametrize("moments", ["keep", "rotate", "reset"])
 @pytest.mark.parametrize("range_finder", ["svd", "gale"])
+@pytest.mark.quick("svd-rotate", "gale-keep")
 def test_the_branch_that_keeps_copies_nothing(full_compilation, moments, range_finder):
     """With donated buffers, projectors and moments stay where they are."""
     tx = optax_gale.gale_adamw(0.1, 4, moments=moments, range_finder=range_finder)
