@@ -26,7 +26,7 @@ import tyro
 from benchmarks.environment import MOST_MEMORY, preallocated
 from benchmarks.gpu import scaling
 from benchmarks.gpu.store import Row, Store, slug
-from benchmarks.gpu.training_step import ARMS, Case, devices_of, measure, takes
+from benchmarks.gpu.training_step import ARMS, CUDNN, Case, devices_of, measure, takes
 from examples.flax_llama.errors import UserError
 from examples.flax_llama.model import AttentionBackend
 
@@ -106,7 +106,8 @@ def cases(config: Config) -> list[Case]:
                 batch = config.global_batch // devices
             for arm in config.arms:
                 if takes(ARMS[arm], mesh):
-                    how = (config.attention_backend, config.blocks, config.steps)
+                    other = config.attention_backend if config.attention_backend != CUDNN else None
+                    how = (other, config.blocks, config.steps)
                     remat = config.remat or None
                     found.append(Case(size, rank, arm, batch, config.length, mesh, remat, *how))
     return found
@@ -148,7 +149,10 @@ def _last_line(words: list[str], devices: int, seconds: float) -> Any:
         return {"error": f"given up after {seconds:.0f} s"}
     if done.returncode:
         return {"error": f"ended with status {done.returncode}"}
-    return json.loads(done.stdout.splitlines()[-1])
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return {"error": "ended without a result"}
 
 
 def environment(devices: int) -> dict[str, str]:

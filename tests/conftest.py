@@ -30,11 +30,19 @@ if not os.environ.get("OPTAX_GALE_GPU"):
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    unknown = {}
     for item in items:
         quick = item.get_closest_marker("quick")
-        if quick is not None and item.callspec.id not in quick.args:
+        if quick is None:
+            continue
+        test = item.nodeid.partition("[")[0]
+        unknown.setdefault(test, {*quick.args}).discard(item.callspec.id)
+        if item.callspec.id not in quick.args:
             item.add_marker(pytest.mark.slow)
+    wrong = {test: ids for test, ids in unknown.items() if ids}
+    if wrong and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"marked quick, but there is no such parametrization: {wrong}")
     if jax.default_backend() == "gpu":
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU (run with OPTAX_GALE_GPU=1 on one)")

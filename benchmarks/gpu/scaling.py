@@ -11,7 +11,7 @@ from benchmarks.gpu.store import Row, provenance
 from benchmarks.gpu.training_step import AVERAGED, devices_of
 from examples.flax_llama.tables import markdown
 
-KEY = ("size", "rank", "arm", "batch", "length", "mesh", "remat")
+KEY = ("size", "rank", "arm", "batch", "length", "mesh", "remat", "attention_backend")
 _ADAPTED = (GALE, AVERAGED)  # arms in which the rank matters
 _GIB, _MIB = 2**30, 2**20
 
@@ -150,6 +150,7 @@ def scalings(rows: Sequence[Row], links: Mapping[int, Sequence[Row]]) -> str:
 def _name(row: Row) -> str:
     parts = [f"LLaMA-{row['size'].upper()}, {row['batch']} × {row['length']}"]
     parts += ["recomputed"] if row.get("remat") else []
+    parts += ["XLA's attention"] if row.get("attention_backend") else []
     parts += [row["mesh"]] if row.get("mesh") else []
     return ", ".join(parts)
 

@@ -27,6 +27,7 @@ from examples.flax_llama.step import TrainState, Walk, first_state, make_train_s
 from examples.flax_llama.step_memory import batch_shapes
 
 AVERAGED = "GALE, averaged projections"
+CUDNN: AttentionBackend = "cudnn"
 
 
 class Arm(NamedTuple):
@@ -63,7 +64,7 @@ class Case:
       length: tokens a sequence.
       mesh: as the example's ``--mesh``; None for one device.
       remat: whether activations are computed again in the backward pass; None if not.
-      attention_backend: of the model.
+      attention_backend: of the model; None for cuDNN's.
       blocks: blocks of steps, of which the median is taken.
       steps: steps a block.
     """
@@ -75,7 +76,7 @@ class Case:
     length: int
     mesh: str | None = None
     remat: bool | None = None
-    attention_backend: AttentionBackend = "cudnn"
+    attention_backend: AttentionBackend | None = None
     blocks: int = 5
     steps: int = 5
 
@@ -166,7 +167,7 @@ def _step(case: Case, arm: Arm) -> _Step:
         dtype=jnp.bfloat16,
         param_dtype=jnp.bfloat16,
         remat=bool(case.remat),
-        attention_backend=case.attention_backend,
+        attention_backend=case.attention_backend or CUDNN,
         stream=None if arm.averages or case.devices == 1 else layout.batch,
     )
     tx = optax.with_extra_args_support(arm.make(case.rank))

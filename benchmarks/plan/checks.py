@@ -292,9 +292,9 @@ def meshes(results: Path) -> list[Row]:
 
 
 def _sent(row: Row, kind: str) -> float | None:
-    """Bytes sent in a step: as a number, or by the kind of collective."""
-    sent = row.get(f"{kind}_sent_bytes", row.get(f"{kind}_sent"))
-    return sum(sent.values()) if isinstance(sent, dict) else sent
+    """Bytes sent in a step, which are stored by the kind of collective."""
+    sent = row.get(f"{kind}_sent")
+    return None if sent is None else sum(sent.values())
 
 
 def simulate(devices: int = 8) -> None:

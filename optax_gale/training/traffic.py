@@ -200,7 +200,9 @@ def _group(line: str, everybody: int) -> int:
         return len(listed[1].split(","))
     if mesh:
         sizes = dict(_AXIS_OF_MESH.findall(mesh[1]))
-        return math.prod(int(part or sizes[a]) for a, part in _AXIS_OF_GROUP.findall(mesh[2]))
+        parts = [int(part or sizes.get(a, 0)) for a, part in _AXIS_OF_GROUP.findall(mesh[2])]
+        if len(parts) == len(mesh[2].split(",")) and all(parts):
+            return math.prod(parts)
     if "replica_groups=" in line and not _EVERYBODY.search(line):
         raise NotImplementedError(
             "traffic_report cannot read which devices take part in this collective; XLA writes "

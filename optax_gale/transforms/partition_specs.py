@@ -1,13 +1,14 @@
 """Shardings of the optimizer's state from those of the parameters."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from optax_gale.quantization import Quantized
 from optax_gale.transforms import trees
 
 
@@ -40,23 +41,37 @@ class _SpecBox:
 
         There is one array, none (``optax.MaskedNode``), or what a transformation has cut it into.
         """
-        return jax.tree.map(lambda x: self._spec(x.shape, sizes), self.value)
+        return jax.tree.map(lambda x: _specs([self], [x.shape], sizes)[0], self.value)
 
-    def _spec(self, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
-        if len(shape) != len(self.names):
-            return PartitionSpec()
-        names = list(self.names)
-        for axis in self.all:
-            if axis in _names_of(names) or sizes.get(axis, 1) == 1:
-                continue
-            # The longer side of a matrix is not the rank. Where it is shared already it stays so:
-            # for two axes on one side, compilers exchange parts of gradients.
-            sides = sorted(range(len(shape))[-2:], key=lambda i: -shape[i])
-            for side in sides:
-                if names[side] is None and shape[side] % sizes[axis] == 0:
+
+def _specs(
+    boxes: Sequence[_SpecBox],
+    shapes: Sequence[tuple[int, ...]],
+    sizes: Mapping[str, int],
+    whole: bool = True,
+) -> list[PartitionSpec]:
+    """The specs of arrays that are cut alike: one array, or codes and their scales.
+
+    The last axis is cut only if its blocks are ``whole``: where devices have parts of blocks,
+    compilers gather them all.
+    """
+    found = [list(box.names) for box in boxes]
+    if any(len(shape) != len(names) for shape, names in zip(shapes, found, strict=True)):
+        return [PartitionSpec() for _ in boxes]
+    # The longer side of a matrix is not the rank. Where it is shared already it stays so: for two
+    # axes on one side, compilers exchange parts of gradients.
+    sides = sorted(range(len(shapes[0]))[-2:], key=lambda i: -shapes[0][i])
+    sides = [side for side in sides if whole or side < len(shapes[0]) - 1]
+    for axis in boxes[0].all:
+        if axis in _names_of(found[0]) or sizes.get(axis, 1) == 1:
+            continue
+        for side in sides:
+            fits = all(shape[side] % sizes[axis] == 0 for shape in shapes)
+            if fits and all(names[side] is None for names in found):
+                for names in found:
                     names[side] = axis
-                    break
-        return PartitionSpec(*names)
+                break
+    return [PartitionSpec(*names) for names in found]
 
 
 def _names_of(entries: Iterable[Any]) -> list[str]:
@@ -64,7 +79,7 @@ def _names_of(entries: Iterable[Any]) -> list[str]:
     return [
         name
         for entry in entries
-        if entry is not None
+        if entry not in (None, PartitionSpec.UNCONSTRAINED)
         for name in ((entry,) if isinstance(entry, str) else entry)
     ]
 
@@ -79,7 +94,8 @@ def state_partition_specs(
     them: moments of a weight that FSDP shards along its projected side, say. With ``mesh`` they
     share them: the mesh axis goes to the side that is left, or to the rank where that side has one.
     A step then scatters the sums of projections and gathers the inner's updates. That sends as much
-    as sums that all devices get. Compile such a step under `jax.set_mesh`: only where the mesh is
+    as sums that all devices get, if the compiler scatters (XLA for CPUs does not, and half as much
+    again is sent). Compile such a step under `jax.set_mesh`: only where the mesh is
     known can the compiler be told never to spread the rank in products, of which it would add up
     parts of the weight's size.
 
@@ -90,7 +106,8 @@ def state_partition_specs(
       tx: any Optax transformation, with or without a `gale` inside.
       params: the parameters or their shapes; boxes are looked through.
       param_specs: a `PartitionSpec` or `NamedSharding` for every parameter, or a prefix tree.
-      mesh: a mesh with Auto axes, if its devices are to share what they would all have.
+      mesh: a mesh with Auto axes, if its devices are to share what they would all have. Not for a
+        step that `jax.sharding.explicit_axes` runs: types do not let the rank be shared.
 
     Returns:
       A tree like ``tx.init(params)`` with a `PartitionSpec` for every array.
@@ -110,7 +127,8 @@ def state_partition_specs(
       True
       >>> specs.inner_state[0].mu["kernel"] == P(None, "model")
       True
-      >>> mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
+      >>> auto = jax.sharding.AxisType.Auto
+      >>> mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"), (auto, auto))
       >>> specs = optax_gale.state_partition_specs(tx, params, {"kernel": P("data", "model")}, mesh)
       >>> specs.projector["kernel"] == P("data", "model")
       True
@@ -139,11 +157,18 @@ def state_partition_specs(
         shape = jax.ShapeDtypeStruct(leaf.value.shape, leaf.value.dtype)
         boxes.append(_SpecBox(shape, names, tuple(_names_of(names))))
     state = jax.eval_shape(tx.init, treedef.unflatten(boxes))
-    return jax.tree.map(
-        lambda x: x.specs(sizes) if isinstance(x, _SpecBox) else PartitionSpec(),
-        state,
-        is_leaf=lambda x: isinstance(x, _SpecBox),
-    )
+
+    def specs_of(x: Any) -> Any:
+        if not isinstance(x, Quantized):
+            return x.specs(sizes) if isinstance(x, _SpecBox) else PartitionSpec()
+        if not isinstance(x.codes, _SpecBox):
+            return jax.tree.map(lambda _: PartitionSpec(), x)
+        parts = (x.codes, x.scales)
+        shapes, whole = [part.value.shape for part in parts], x.length % x.block_size == 0
+        codes, scales = _specs(parts, shapes, sizes, whole)
+        return dataclasses.replace(x, codes=codes, scales=scales)
+
+    return jax.tree.map(specs_of, state, is_leaf=lambda x: isinstance(x, (_SpecBox, Quantized)))
 
 
 def _sizes(mesh: Any) -> dict[str, int]:

@@ -137,7 +137,9 @@ def throughput_row(**more):
 def test_rows_of_several_gpus_are_compared(tmp_path):
     rows = [
         throughput_row(),
-        throughput_row(mesh="data=2", ordinary_sent_bytes=2e8, refresh_sent_bytes=3e8),
+        throughput_row(
+            mesh="data=2", ordinary_sent={"all-reduce": 2e8}, refresh_sent={"all-reduce": 3e8}
+        ),
         throughput_row(mesh="fsdp=2", ordinary_sent={"all-gather": 1e8, "all-reduce": 5e7}),
         throughput_row(mesh="fsdp=2", error="out of memory"),
     ]

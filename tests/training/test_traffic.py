@@ -1,6 +1,7 @@
 """What a program sends: small programs whose traffic is known, and the text of other backends."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -201,9 +202,12 @@ def test_text(name):
     assert collectives(program(line)) == [wanted]
 
 
-def test_groups_written_in_an_unknown_way_are_not_guessed():
-    line = f"%s = {f32('2,24')} all-reduce(%p), replica_groups=<2x4>, to_apply=%add.clone"
-    with pytest.raises(NotImplementedError, match=r"cannot read which devices.*<2x4>"):
+@pytest.mark.parametrize("groups", ["<2x4>", 'mesh["a"=8] {"a"}', "mesh['a'=8] {'b'}"])
+def test_groups_written_in_an_unknown_way_are_not_guessed(groups):
+    line = f"%s = {f32('2,24')} all-reduce(%p), replica_groups={groups}, to_apply=%add.clone"
+    with pytest.raises(
+        NotImplementedError, match="cannot read which devices.*" + re.escape(groups)
+    ):
         collectives(program(line))
 
 

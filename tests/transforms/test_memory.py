@@ -146,7 +146,7 @@ def test_specs_keep_surviving_axes_and_leave_the_rank_axis_alone():
 
 
 def test_on_a_mesh_what_all_devices_would_have_is_shared():
-    mesh = AbstractMesh((4, 2), ("data", "model"))
+    mesh = AbstractMesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2)
     tx = optax_gale.gale_adamw(1e-3, 8, side="short")
     specs = optax_gale.state_partition_specs(tx, shapes(), SPECS, mesh)
     mu = specs.inner_state[0].mu
@@ -165,14 +165,26 @@ def test_on_a_mesh_what_all_devices_would_have_is_shared():
     assert specs.inner_state[0].mu["w"] == P(None, None, None)
 
 
-def test_codes_and_scales_are_shared():
-    mesh = AbstractMesh((4, 2), ("data", "model"))
+@pytest.mark.parametrize(
+    ("columns", "spec"), [(1024, P(None, "data")), (3584 // 2, P("data", None)), (1000, P("data"))]
+)
+def test_codes_and_scales_are_shared_in_whole_blocks(columns, spec):
+    """Of 4, 7 and nearly 4 blocks of 256 columns; else the rank is shared."""
+    mesh = AbstractMesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2)
     tx = optax_gale.gale_adamw(1e-3, 8, side="short", state_dtype="int8")
-    weight = {"w": jax.ShapeDtypeStruct((64, 1024), jnp.float32)}
+    weight = {"w": jax.ShapeDtypeStruct((64, columns), jnp.float32)}
     specs = optax_gale.state_partition_specs(tx, weight, P("data", None), mesh)
     mu = specs.inner_state.inner_state[0].mu["w"]
-    # Of 8 × 1024 codes in blocks of 256, 8 × 4 scales.
-    assert (mu.codes, mu.scales) == (P(None, "data"), P("data", None))
+    wanted = P(*spec, *[None] * (2 - len(spec)))
+    assert (mu.codes, mu.scales) == (wanted, wanted)
+
+
+def test_what_the_compiler_is_to_decide_it_decides():
+    params = {"w": jax.ShapeDtypeStruct((32, 64), jnp.float32)}
+    tx = optax_gale.gale_adamw(1e-3, 8, side="short")
+    for mesh in (None, AbstractMesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2)):
+        specs = optax_gale.state_partition_specs(tx, params, P(P.UNCONSTRAINED, None), mesh)
+        assert specs.projector["w"] == P(P.UNCONSTRAINED, None)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
@@ -225,10 +237,10 @@ def test_specs_that_do_not_fit_are_refused():
         optax_gale.state_partition_specs(tx, params, P("data", None, "model"))
     with pytest.raises(ValueError, match="param_specs"):
         optax_gale.state_partition_specs(tx, params, {"w": P(), "x": P()})
-    mesh = AbstractMesh((4, 2), ("data", "model"))
+    mesh = AbstractMesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2)
     with pytest.raises(ValueError, match=r"'w'.*no axis 'fsdp'.*data, model"):
         optax_gale.state_partition_specs(tx, params, P("fsdp"), mesh)
-    explicit = AbstractMesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    explicit = AbstractMesh((4,), ("data",), (AxisType.Explicit,))
     with pytest.raises(ValueError, match="must have Auto axes"):
         optax_gale.state_partition_specs(tx, params, P("data"), explicit)
 
