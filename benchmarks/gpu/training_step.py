@@ -173,20 +173,44 @@ def _step(case: Case, arm: Arm) -> _Step:
     tx = optax.with_extra_args_support(arm.make(case.rank))
     walk = Walk(mesh=layout.mesh if arm.averages else None)
     shapes = trace_init(model, tx, 0, walk).out_info
+    batch = (case.batch * case.devices, case.length)
+    compiled, where = compiled_on(layout, model, tx, walk, shapes, batch)
+    return _Step(compiled, lambda: first_state(model, tx, 0, walk, where), layout)
+
+
+def compiled_on(
+    layout: Layout,
+    model: Llama,
+    tx: optax.GradientTransformationExtraArgs,
+    walk: Walk,
+    shapes: TrainState,
+    batch: tuple[int, int],
+    chunks: int = 1,
+) -> tuple[Callable[..., Any], TrainState]:
+    """The example's step on a mesh, from shapes alone.
+
+    Args:
+      layout: what lies where.
+      model: the model.
+      tx: the optimizer.
+      walk: how a step goes through batch and layers.
+      shapes: of the state.
+      batch: sequences of the whole batch, and their tokens.
+      chunks: parts in which logits are computed.
+
+    Returns:
+      What makes the program of keyword arguments, and where the state lies.
+    """
     where: Any = TrainState(
         layout.whole,  # type: ignore[arg-type]
         layout.weights(shapes.params),
         layout.state(functools.partial(walk.init, tx), shapes.params),
     )
     schedule = optax.constant_schedule(LEARNING_RATE)
-    step = make_train_step(model, tx, schedule, 1, walk, (where, layout.whole))
-    batch = batch_shapes((case.batch * case.devices, case.length))
-    arguments = shaped(shapes, where), shaped(batch, dict.fromkeys(batch, layout.batch))
-    return _Step(
-        lambda **options: step.lower(*arguments, **options).compile(),
-        lambda: first_state(model, tx, 0, walk, where),
-        layout,
-    )
+    step = make_train_step(model, tx, schedule, chunks, walk, (where, layout.whole))
+    tokens = batch_shapes(batch)
+    arguments = shaped(shapes, where), shaped(tokens, dict.fromkeys(tokens, layout.batch))
+    return lambda **options: step.lower(*arguments, **options).compile(), where
 
 
 def _batch(case: Case, layout: Layout) -> dict[str, jax.Array]:

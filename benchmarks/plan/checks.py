@@ -11,6 +11,7 @@ import optax
 
 import optax_gale
 from benchmarks.gpu.arms import ADAMW, GALE
+from benchmarks.gpu.training_step import AVERAGED, compiled_on
 from benchmarks.memory_cases import CASES
 from benchmarks.plan.memory import LAYER_WORK, memory
 from benchmarks.plan.setups import (
@@ -28,17 +29,15 @@ from benchmarks.plan.setups import (
 from benchmarks.plan.traffic import traffic
 from examples.flax_llama import optimizers
 from examples.flax_llama.config import OptimizerOptions, TrainingOptions
-from examples.flax_llama.layout import Layout, shaped
+from examples.flax_llama.layout import Layout
 from examples.flax_llama.optimizers import DATA
 from examples.flax_llama.sizes import LlamaSize
-from examples.flax_llama.step import TrainState, Walk, make_train_step
-from examples.flax_llama.step_memory import batch_shapes
+from examples.flax_llama.step import Walk
 
 SMALL = LlamaSize(1216, hidden=128, intermediate=352, layers=3, heads=8, kv_heads=8)
 GROUPED = dataclasses.replace(SMALL, kv_heads=4)
 RANK = 16
 _LENGTH = 256  # of the sequences of the stored trainings
-_AVERAGED = "GALE, averaged projections"
 
 Row = dict[str, Any]
 
@@ -86,25 +85,12 @@ def compiled(setup: Setup, refresh: bool | None = None) -> Any:
     layout = Layout.of(setup.mesh)
     walk = Walk(mesh=layout.mesh if setup.average else None)
     shapes, tx = shapes_of(setup)
-    where: Any = TrainState(
-        layout.whole,  # type: ignore[arg-type]
-        layout.weights(shapes.params),
-        layout.state(tx.init, shapes.params),
-    )
     stream = None if setup.average or setup.devices == 1 else layout.batch
-    step = make_train_step(
-        model_of(setup, stream=stream),
-        optax.with_extra_args_support(tx),
-        optax.constant_schedule(1e-3),
-        setup.chunks,
-        walk,
-        (where, layout.whole),
-    )
+    model, tx = model_of(setup, stream=stream), optax.with_extra_args_support(tx)
     data, fsdp, _ = setup.axes
-    batch = batch_shapes((setup.tokens // setup.length * data * fsdp, setup.length))
-    arguments = shaped(shapes, where), shaped(batch, dict.fromkeys(batch, layout.batch))
-    extra = {} if refresh is None else {"refresh": refresh}
-    return step.lower(*arguments, **extra).compile()
+    batch = (setup.tokens // setup.length * data * fsdp, setup.length)
+    program, _ = compiled_on(layout, model, tx, walk, shapes, batch, setup.chunks)
+    return program(**({} if refresh is None else {"refresh": refresh}))
 
 
 def against_program(
@@ -255,7 +241,7 @@ def throughputs(results: Path) -> Iterator[tuple[str, Row, Setup]]:
             ADAMW: adamw_of("float32"),
             "AdamW, bf16 states": adamw_of("bfloat16"),
             GALE: gale_of(row["rank"], "float32"),
-            _AVERAGED: gale_of(row["rank"], "float32", axis_name=DATA),
+            AVERAGED: gale_of(row["rank"], "float32", axis_name=DATA),
         }
         if row["arm"] not in arms:
             continue
@@ -268,7 +254,7 @@ def throughputs(results: Path) -> Iterator[tuple[str, Row, Setup]]:
             length=row["length"],
             remat=bool(row.get("remat")),
             attention=row.get("attention_backend") or "cudnn",
-            average=row["arm"] == _AVERAGED,
+            average=row["arm"] == AVERAGED,
         )
         text = f"{row['size']}, {row['arm']}, {row['batch']} × {row['length']}"
         yield f"{text} ({device}, {mesh_text(mesh)})", row, setup

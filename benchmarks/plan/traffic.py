@@ -188,10 +188,9 @@ def _averaged_projections(setup: Setup) -> Iterator[Transfer]:
 def _refresh(setup: Setup) -> float:
     """With one power iteration, 2 r (m + n) numbers a matrix are added up: projections too."""
     rank, (data, fsdp, tensor) = setup.optimizer.rank, setup.axes
-    projected = _projected(setup)
-    both = 2 * rank * setup.llama.layers * sum(m.rows + m.columns for m in projected)
+    once = setup.llama.layers * sum(m.projected(rank) for m in _projected(setup))
+    both = 2 * (once + setup.llama.layers * sum(m.projector(rank) for m in _projected(setup)))
     if setup.average:
-        once = rank * setup.llama.layers * sum(max(m.rows, m.columns) for m in projected)
         # Products of the sketch are in float32, and the projections that they replace are not sent.
         return summed(4 * both - setup.optimizer.state_bytes * once, data)
     return summed(4 * both, fsdp * tensor)
