@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_gale._averages import AxisName, averaged
-from optax_gale.linalg._blocked_cholesky import cholesky, cholesky_and_inverse
+from optax_gale.pallas.cholesky_and_inverse import cholesky, cholesky_and_inverse
 from optax_gale.linalg._split import (
     GRAM,
     TIMES,

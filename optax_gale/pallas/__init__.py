@@ -6,6 +6,7 @@ the same signature. The package knows arrays only, nothing of optimizers.
 
 from optax_gale.pallas.back_project_apply import back_project_apply
 from optax_gale.pallas.back_project_apply.xla import back_project
+from optax_gale.pallas.cholesky_and_inverse import cholesky_and_inverse
 from optax_gale.pallas.dispatch import Implementation, UnsupportedError, check_implementation
 from optax_gale.pallas.elementwise import Elementwise
 from optax_gale.pallas.project_update import choose as choose_project_update
@@ -19,6 +20,7 @@ __all__ = [
     "back_project",
     "back_project_apply",
     "check_implementation",
+    "cholesky_and_inverse",
     "choose_project_update",
     "project",
     "project_update",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from optax_gale.linalg import _split
-from optax_gale.linalg._blocked_cholesky import cholesky, cholesky_and_inverse
+from optax_gale.pallas.cholesky_and_inverse import cholesky, cholesky_and_inverse
 from optax_gale.linalg._split import (
     half_times_split,
     split,

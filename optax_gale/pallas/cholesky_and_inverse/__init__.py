@@ -1,0 +1,122 @@
+"""Small factorisations: Cholesky factors and their inverses, block by block.
+
+Nearly all of it is matrix products. What is left is the factorisation of blocks, for which there is
+a kernel: solvers take several launches a block, and small ones at that.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from optax_gale._products import einsum
+from optax_gale.pallas import dispatch, meshes
+from optax_gale.pallas.cholesky_and_inverse import xla
+from optax_gale.pallas.dispatch import Implementation, Problem
+
+Times = Callable[[jax.Array, jax.Array], jax.Array]
+
+_NAME = "cholesky_and_inverse"
+_LARGEST = {"xla": xla.LARGEST, "triton": 128}
+
+
+def float32_times(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns ``A B``, rounded as float32 arithmetic rounds."""
+    return einsum("...ij,...jk->...ik", a, b)
+
+
+def cholesky_and_inverse(
+    a: jax.Array, times: Times = float32_times, *, implementation: Implementation | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Factors symmetric matrices ``A = L Lᵀ``, and inverts the factors.
+
+    The inverse is as accurate as substitution if the condition number is moderate; products with
+    it are then many times as fast as triangular solves.
+
+    Args:
+      a: ``(*batch, k, k)``, symmetric, in float32.
+      times: multiplies blocks; its rounding is that of the result.
+      implementation: who serves blocks: None for the fastest that was measured, ``"xla"``, or
+        ``"triton"`` (with `jax-triton`).
+
+    Returns:
+      Lower triangular ``L`` and ``L⁻¹``, ``(*batch, k, k)``. Those of a matrix that is not positive
+      definite are not finite.
+
+    Raises:
+      ValueError: if ``implementation`` is unknown, or (`UnsupportedError`) cannot serve.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_gale.pallas import cholesky_and_inverse
+      >>> lower, inverse = cholesky_and_inverse(jnp.array([[4.0, 2.0], [2.0, 2.0]]))
+      >>> lower.tolist(), inverse.tolist()
+      ([[2.0, 0.0], [1.0, 1.0]], [[0.5, 0.0], [-0.5, 1.0]])
+    """
+    return _Blocks(a, times, implementation).factor_and_inverse(a)
+
+
+def cholesky(
+    a: jax.Array, times: Times = float32_times, *, implementation: Implementation | None = None
+) -> jax.Array:
+    """The factors alone: see `cholesky_and_inverse`."""
+    return _Blocks(a, times, implementation).factor(a)
+
+
+def choose(a: jax.Array, implementation: Implementation | None = None) -> Implementation:
+    """Decides who serves the blocks of matrices; raises as `cholesky_and_inverse` does."""
+    return dispatch.choose(problem(a), implementation)
+
+
+def problem(a: jax.Array) -> Problem:
+    """What decides which implementation is fastest: blocks as large as a kernel can serve."""
+    *batch, k, _ = a.shape
+    k = min(k, max(_LARGEST.values()))
+    alike = (_NAME, 1, math.prod(batch), k, k, k, True, jnp.dtype(a.dtype).name)
+    return Problem(*alike, meshes.obstacle(a, a, rows=True, sums=True), meshes.is_known(a))
+
+
+class _Blocks:
+    """The recursion, which ends where an implementation can serve."""
+
+    def __init__(self, a: jax.Array, times: Times, implementation: Implementation | None):
+        name = choose(a, implementation)
+        self._times, self._largest = times, _LARGEST[name]
+        self._solve: Callable[..., tuple[jax.Array, jax.Array]] = xla.cholesky_and_inverse
+        if name != "xla":
+            kernel = dispatch.backend(_NAME, name).cholesky_and_inverse
+            self._solve = lambda a: dispatch.run(kernel, xla.cholesky_and_inverse, a)
+
+    def factor(self, a: jax.Array) -> jax.Array:
+        if a.shape[-1] <= self._largest:
+            return self._solve(a)[0]
+        l11, _, l21, rest = self._first_half(a)
+        return _lower_blocks(l11, l21, self.factor(rest))
+
+    def factor_and_inverse(self, a: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if a.shape[-1] <= self._largest:
+            return self._solve(a)
+        l11, x11, l21, rest = self._first_half(a)
+        l22, x22 = self.factor_and_inverse(rest)
+        x21 = -self._times(x22, self._times(l21, x11))
+        return _lower_blocks(l11, l21, l22), _lower_blocks(x11, x21, x22)
+
+    def _first_half(self, a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Factors the first half: its factor, that one's inverse, what is below it, what is left.
+
+        The inverse turns the triangular solve for the block below into a product.
+        """
+        half = self._largest * (-(-a.shape[-1] // self._largest) // 2)
+        l11, x11 = self.factor_and_inverse(a[..., :half, :half])
+        l21 = self._times(a[..., half:, :half], _transpose(x11))
+        return l11, x11, l21, a[..., half:, half:] - self._times(l21, _transpose(l21))
+
+
+def _lower_blocks(x11: jax.Array, x21: jax.Array, x22: jax.Array) -> jax.Array:
+    upper = jnp.concatenate([x11, jnp.zeros_like(_transpose(x21))], axis=-1)
+    return jnp.concatenate([upper, jnp.concatenate([x21, x22], axis=-1)], axis=-2)
+
+
+def _transpose(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)
