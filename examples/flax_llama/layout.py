@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ _Axes = str | tuple[str, ...] | None
 
 # Of a matrix, without the axis of the layers: the side that reads the residual stream over "fsdp",
 # the side inside a layer over "tensor" (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053).
+# Without "tensor" see `Layout._ideal`.
 _SPECS: Mapping[str, tuple[_Axes, ...]] = {
     **dict.fromkeys(("query", "key", "value", "gate", "up", "lm_head"), ("fsdp", "tensor")),
     **dict.fromkeys(("out", "down"), ("tensor", "fsdp")),
@@ -40,13 +41,19 @@ class Layout:
 
     Attributes:
       mesh: of all devices.
+      side: of layers' matrices that the optimizer projects, if it does.
     """
 
     mesh: Mesh
+    side: Literal["short", "long"] = "short"
 
     @classmethod
-    def of(cls, sizes: Mapping[str, int]) -> "Layout":
+    def of(cls, sizes: Mapping[str, int], side: Literal["short", "long"] = "short") -> "Layout":
         """Makes the mesh of so many devices along each axis.
+
+        Args:
+          sizes: of the axes.
+          side: that the optimizer projects.
 
         Raises:
           UserError: if there are not as many devices.
@@ -57,7 +64,7 @@ class Layout:
             raise UserError(f"--mesh {text} is of {wanted} devices, and there are {there}")
         types = (AxisType.Auto,) * len(MESH_AXES)
         devices = jax.devices()[:wanted]
-        return cls(jax.make_mesh(tuple(sizes.values()), MESH_AXES, types, devices=devices))
+        return cls(jax.make_mesh(tuple(sizes.values()), MESH_AXES, types, devices=devices), side)
 
     @property
     def rows(self) -> int:
@@ -84,7 +91,7 @@ class Layout:
         )
 
     def _weight(self, path: tuple[Any, ...], x: Any) -> Any:
-        spec = _ideal(path)
+        spec = self._ideal(path, x.shape)
         spec = (None,) * (x.ndim - len(spec)) + spec if spec else ()
         # JAX spreads an axis over devices only in equal parts.
         fitting = [
@@ -106,10 +113,20 @@ class Layout:
         """
         plain = jax.eval_shape(optax_gale.dequantize_weights, params)
         tx = optax.GradientTransformation(init, _never)
-        specs = optax_gale.state_partition_specs(tx, plain, self.weights(plain), self.mesh)
-        return jax.tree.map(
-            lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
+        state, weights = jax.eval_shape(init, params), self.weights(plain)
+        by_types, shared = (
+            jax.tree.map(
+                lambda spec: NamedSharding(self.mesh, spec),
+                optax_gale.state_partition_specs(tx, plain, weights, mesh),
+                is_leaf=lambda x: isinstance(x, P),
+            )
+            for mesh in (None, self.mesh)
         )
+        # Kernels serve where types say what each device has. They make no updates of the weights'
+        # size, for which some projectors may be whole.
+        largest = max(jax.tree.leaves(jax.tree.map(_shard_bytes, plain, weights)), default=0)
+        more = bytes_on_a_device(state, by_types) - bytes_on_a_device(state, shared)
+        return by_types if more <= largest else shared
 
     def unspread(self, params: Any) -> list[str]:
         """Paths of matrices of which an axis cannot be divided as it should be."""
@@ -117,10 +134,28 @@ class Layout:
         found = []
         for path, x in jax.tree_util.tree_flatten_with_path(plain)[0]:
             here = {name for axes in self._weight(path, x).spec for name in _names(axes)}
-            ideal = {name for axes in _ideal(path) for name in _names(axes)}
+            ideal = {name for axes in self._ideal(path, x.shape) for name in _names(axes)}
             if any(self.mesh.shape[name] > 1 for name in ideal - here):
                 found.append(jax.tree_util.keystr(path, simple=True, separator="/"))
         return found
+
+    def _ideal(self, path: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[_Axes, ...]:
+        """How a weight's last axes are to be spread; nothing of a vector's.
+
+        Any side of a layer's matrix will do for "fsdp". On the one that is not projected, each
+        device projects its part of a gradient by itself.
+        """
+        names = [str(getattr(key, "key", key)) for key in path]
+        name = next((name for name in names if name in _SPECS), None)
+        if name is None:
+            return ()
+        if "layers" not in names or self.mesh.shape["tensor"] > 1:
+            return _SPECS[name]
+        # A square's columns are its shorter side, as the library sees it.
+        rows = (shape[-2] >= shape[-1]) == (self.side == "short")
+        if shape[-2 if rows else -1] % self.mesh.shape["fsdp"]:
+            rows = not rows
+        return ("fsdp", None) if rows else (None, "fsdp")
 
     def own_rows(self, batch_size: int) -> list[int] | None:
         """Numbers of a batch's sequences that this process must have; None if they are all."""
@@ -169,12 +204,6 @@ class Layout:
         text = f"Mesh: {shape}; {self.mesh.size} × {kind}"
         processes = jax.process_count()
         return f"{text} in {processes} processes." if processes > 1 else f"{text}."
-
-
-def _ideal(path: tuple[Any, ...]) -> tuple[_Axes, ...]:
-    """How a weight's last axes are to be spread; nothing of a vector's."""
-    names = (str(getattr(key, "key", key)) for key in path)
-    return next((_SPECS[name] for name in names if name in _SPECS), ())
 
 
 def _names(axes: _Axes) -> tuple[str, ...]:

@@ -214,7 +214,8 @@ def make_train_step(
     if walk.layerwise:
         take = _layerwise(model, tx, loss_chunks, walk)
     else:
-        take = _whole(model, tx, loss_chunks, walk)
+        where = shardings[0] if shardings is not None and walk.mesh is None else None
+        take = _whole(model, tx, loss_chunks, walk, where)
     if walk.mesh is not None:
         take = _each_on_its_own(take, walk.mesh)
     elif shardings is not None:
@@ -245,10 +246,17 @@ _Take = Callable[[Any, Any, Batch, dict[str, Any]], tuple[Any, Any, jax.Array, j
 
 
 def _whole(
-    model: Llama, tx: optax.GradientTransformationExtraArgs, loss_chunks: int, walk: Walk
+    model: Llama,
+    tx: optax.GradientTransformationExtraArgs,
+    loss_chunks: int,
+    walk: Walk,
+    where: TrainState | None,
 ) -> _Take:
     """Gradients of the whole model, of one part of the batch after another."""
     micro_batches = walk.micro_batches
+    update = functools.partial(optax_gale.update_and_apply, tx)
+    if where is not None:
+        update = _where_all_lies(update, tx, where)
 
     def loss_fn(params: Any, batch: Batch) -> jax.Array:
         return next_token_loss(model, params, batch, chunks=loss_chunks)[0] * batch["weight"]
@@ -262,7 +270,7 @@ def _whole(
         if walk.mesh is not None:
             loss = jax.lax.pmean(loss, DATA)
             norm = jnp.sqrt(jax.lax.pmean(jnp.square(norm), DATA))
-        params, opt_state = optax_gale.update_and_apply(tx, grads, opt_state, params, **extra)
+        params, opt_state = update(grads, opt_state, params, **extra)
         return params, opt_state, loss, norm
 
     def take(params: Any, opt_state: Any, batch: Batch, extra: dict[str, Any]) -> Any:
@@ -277,6 +285,38 @@ def _whole(
         return *carried, jnp.mean(loss), jnp.mean(norm)
 
     return one if micro_batches == 1 else take
+
+
+def _where_all_lies(
+    update: Callable[..., Any], tx: optax.GradientTransformation, where: TrainState
+) -> Callable[..., Any]:
+    """Tells the optimizer what each device has, so that kernels can serve.
+
+    Not in steps that refresh, whose factorisations the compiler spreads better by itself, nor where
+    devices share what types cannot say (`optax_gale.state_partition_specs`).
+    """
+    weights, state = ([x.spec for x in jax.tree.leaves(tree)] for tree in where[1:])
+
+    def there(grads: Any, opt_state: Any, params: Any, **extra: Any) -> Any:
+        of_params = jax.tree.unflatten(jax.tree.structure(params), weights)
+        by_types = optax_gale.state_partition_specs(tx, params, of_params)
+        told = jax.tree.leaves(by_types, is_leaf=lambda x: isinstance(x, P))
+        if extra.get("refresh") is not False or [*map(_axes, told)] != [*map(_axes, state)]:
+            return update(grads, opt_state, params, **extra)
+        run = jax.sharding.explicit_axes(
+            functools.partial(update, **extra), in_sharding=(of_params, by_types, of_params)
+        )
+        return run(grads, opt_state, params)
+
+    return there
+
+
+def _axes(spec: P) -> tuple[Any, ...]:
+    """The mesh axes of a spec, up to the last that there is."""
+    axes = tuple(spec)
+    while axes and axes[-1] is None:
+        axes = axes[:-1]
+    return axes
 
 
 def _on_mesh(take: _Take, mesh: Mesh) -> _Take:

@@ -117,7 +117,7 @@ def check(config: TrainConfig) -> None:
         config.optimizer, config.optimization, config.model.shape(), config.training.steps
     )
     optimizers.build(config.optimizer, settings, config.training)
-    rows, training = layout_of(config).rows, config.training
+    rows, training = layout_of(config, settings).rows, config.training
     if training.batch_size // training.micro_batches % rows:
         raise UserError(
             f"--mesh spreads the {training.batch_size // training.micro_batches} sequences of a "
@@ -126,14 +126,19 @@ def check(config: TrainConfig) -> None:
         )
 
 
-def layout_of(config: TrainConfig) -> Layout:
-    """The devices that train.
+def layout_of(config: TrainConfig, settings: Mapping[str, Any]) -> Layout:
+    """The devices that train, and what lies where.
+
+    Args:
+      config: the options.
+      settings: of the optimizer.
 
     Raises:
       UserError: if there are not as many as the options say.
     """
     everybody = jax.device_count() if jax.process_count() > 1 else 1
-    return Layout.of(config.devices.axes() or {"data": everybody, "fsdp": 1, "tensor": 1})
+    axes = config.devices.axes() or {"data": everybody, "fsdp": 1, "tensor": 1}
+    return Layout.of(axes, settings.get("side", "short"))
 
 
 class Trainer:
@@ -156,14 +161,14 @@ class Trainer:
         self.console = console if processes.leads() else Console(quiet=True)
         self.steps = config.training.steps
         self.size = dataclasses.replace(config.model.shape(), vocab_size=corpus.vocab_size)
-        self.layout = layout_of(config)
+        self.settings = optimizers.resolve(
+            config.optimizer, config.optimization, self.size, self.steps
+        )
+        self.layout = layout_of(config, self.settings)
         size, seed = config.training.batch_size, config.training.seed
         self.rows = self.layout.own_rows(size)
         self.batches = data.train_batches(corpus, size, seed, rows=self.rows)
         self.validation = data.validation_batches(corpus, size, rows=self.rows)
-        self.settings = optimizers.resolve(
-            config.optimizer, config.optimization, self.size, self.steps
-        )
         self.tx = optimizers.build(config.optimizer, self.settings, config.training)
         self.model = Llama(
             self.size,

@@ -2,7 +2,8 @@
 
 import functools
 import re
-from collections import Counter
+import types
+from collections import Counter, defaultdict
 
 import conftest
 import jax
@@ -24,9 +25,12 @@ from examples.flax_llama.data import DataConfig
 from examples.flax_llama.layout import Layout, bytes_on_a_device, shaped
 from examples.flax_llama.metrics import human_bytes, read_records
 from examples.flax_llama.model import Llama, next_token_loss
-from examples.flax_llama.sizes import LlamaSize, count_params
+from examples.flax_llama.sizes import SIZES, LlamaSize, count_params
 from examples.flax_llama.step import first_state, make_train_step, trace_init
 from examples.flax_llama.step_memory import batch_shapes
+from optax_gale.pallas import dispatch
+from optax_gale.pallas.back_project_apply import xla as back_project_apply
+from optax_gale.pallas.project_update import xla as project_update
 
 STEPS, GAP = 100, 15
 # Matrices larger than whatever has the rank's size, and heads for 8 devices.
@@ -69,6 +73,7 @@ def losses(corpus_folder, tmp_path_factory):
         pytest.param("data=8", {}, marks=pytest.mark.slow),
         pytest.param("fsdp=8", {}, marks=pytest.mark.slow),
         ("data=2,fsdp=2,tensor=2", {}),
+        ("data=2,fsdp=4", {"host_refresh": True}),
         pytest.param("fsdp=8", {"layerwise": True}, marks=pytest.mark.slow),
         pytest.param("data=2,fsdp=2,tensor=2", {"micro_batches": 2}, marks=pytest.mark.slow),
         pytest.param("data=8", {"average": "projections", "clip_norm": 0}, marks=pytest.mark.slow),
@@ -150,6 +155,38 @@ def test_what_cannot_be_divided_is_held_in_full_and_named(nano, tmp_path, capsys
     assert parts == {"lm_head": (16, 300), "query": (2, 16, 2)}
 
 
+def test_without_tensor_the_side_that_is_not_projected_is_divided():
+    kernels = lambda **shapes: {
+        name: jax.ShapeDtypeStruct((2, *shape), jnp.float32) for name, shape in shapes.items()
+    }
+
+    def specs(side, **layers):
+        layout = Layout.of({"data": 1, "fsdp": 2, "tensor": 1}, side)
+        where = layout.weights({"layers": kernels(**layers), **kernels(lm_head=(64, 320))})
+        assert tuple(where.pop("lm_head").spec) == rows
+        return {name: tuple(x.spec) for name, x in where["layers"].items()}
+
+    rows, columns = (None, "fsdp", None), (None, None, "fsdp")
+    shapes = {"out": (64, 64), "gate": (64, 160), "down": (160, 64)}
+    assert specs("short", **shapes) == {"out": rows, "gate": columns, "down": rows}
+    assert specs("long", **shapes) == {"out": columns, "gate": rows, "down": columns}
+    # LLaMA-1B's 5461 cannot be divided; the other side can.
+    wide = SIZES["1b"].intermediate
+    assert specs("short", gate=(64, wide), down=(wide, 64)) == {"gate": rows, "down": columns}
+
+
+def test_projectors_are_whole_where_kernels_save_more():
+    """A kernel makes no update, of which the largest is the measure."""
+    layout = Layout.of({"data": 1, "fsdp": 4, "tensor": 1})
+    params = {"layers": {"gate": jax.ShapeDtypeStruct((8, 64, 160), jnp.float32)}}
+    for rank, spec in ((8, (None, None)), (60, (None, "fsdp"))):
+        tx = optax_gale.gale_adamw(1e-3, rank)
+        projector = layout.state(tx.init, params).projector["layers"]["gate"]
+        assert tuple(projector.spec)[: len(spec)] == spec
+        moment = layout.state(tx.init, params).inner_state[0].mu["layers"]["gate"]
+        assert tuple(moment.spec) == (None, None, "fsdp")
+
+
 class Compiled:
     """The compiled steps of `WIDE` on a mesh, of a run that the host refreshes."""
 
@@ -224,6 +261,7 @@ def large(report):
     "mesh",
     [
         *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("fsdp=8", "tensor=8")),
+        "data=2,fsdp=4",
         "fsdp=4,tensor=2",
         "data=2,fsdp=2,tensor=2",
     ],
@@ -232,6 +270,52 @@ def test_for_the_optimizer_nothing_of_a_matrixs_size_is_sent(mesh, refresh, comp
     made = compiled(mesh, select=PROJECTED)
     report = optax_gale.traffic_report(made.step(refresh))
     assert large(report) == large(made.model_alone) != Counter()
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Stands in for every kernel; the shapes of the matrices that each is given."""
+    forms = {"project_update": project_update, "back_project_apply": back_project_apply}
+    given = defaultdict(set)
+
+    def backend(kernel, _):
+        def run(matrices, *arguments, **options):
+            given[kernel] |= {x.shape for x in matrices}
+            return getattr(forms[kernel], kernel)(matrices, *arguments, **options)
+
+        return types.SimpleNamespace(refusal=lambda _: None, **{kernel: run})
+
+    monkeypatch.setattr(dispatch, "backend", backend)
+    monkeypatch.setattr(dispatch, "fastest_first", lambda *_: ["triton"])
+    # Of that module alone, which asks before it chooses.
+    monkeypatch.setattr(dispatch, "jax", _Gpu())
+    return given
+
+
+class _Gpu:
+    """JAX on a machine with a GPU, if it is asked."""
+
+    def __getattr__(self, name):
+        return (lambda: "gpu") if name == "default_backend" else getattr(jax, name)
+
+
+BOTH = ("project_update", "back_project_apply")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "refresh", "kernels", "parts"),
+    [
+        ("data=2,fsdp=4", False, BOTH, {(2, 64, 16), (2, 16, 160), (2, 160, 16)}),
+        ("data=8", False, BOTH, {(2, 64, 64), (2, 64, 160), (2, 160, 64)}),
+        # Devices add up what they project.
+        ("fsdp=4,tensor=2", False, BOTH[1:], {(2, 16, 32), (2, 16, 80), (2, 80, 16)}),
+        ("data=2,fsdp=4", True, (), set()),  # the factorisations of a refresh are the compiler's
+    ],
+)
+def test_kernels_serve_the_parts_of_matrices(mesh, refresh, kernels, parts, compiled, served):
+    made = compiled(mesh, select=PROJECTED)
+    made.step.__wrapped__(refresh)  # compiled anew
+    assert served == dict.fromkeys(kernels, parts)
 
 
 def test_devices_that_average_projections_send_less(compiled):
