@@ -12,7 +12,7 @@ import json
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import tyro
 import optax_gale.pallas
 from benchmarks.gpu import timing
 from benchmarks.gpu.floors import Ceilings
-from benchmarks.gpu.kernels import KERNELS, Shape, Task, shapes_of, task
+from benchmarks.gpu.kernels import Task, tasks
 from benchmarks.gpu.report import number
 from benchmarks.gpu.shapes import Case
 from benchmarks.gpu.store import Row, Store, provenance, slug
@@ -29,7 +29,9 @@ from examples.flax_llama.tables import markdown
 from optax_gale.pallas import UnsupportedError, dispatch
 from optax_gale.pallas.dispatch import IMPLEMENTATIONS
 
+Kernel = Literal["project_update", "back_project_apply", "cholesky_and_inverse"]
 KEY = ("kernel", "leaves", "batch", "m", "n", "rank", "rows", "dtype", "implementation")
+_PROJECT = ("project_update", "back_project_apply")
 TABLE = Path(optax_gale.pallas.__file__).parent / "measured.json"
 NO_GPU = "No GPU here: this benchmark measures one (--anywhere runs it on what there is)."
 _TOLERANCE = 2e-2  # of a result in bfloat16; a wrong one is off by about 1
@@ -44,6 +46,8 @@ class Config:
     """Models and ranks, whose groups of leaves are the problems."""
     sides: tuple[Literal["short", "long"], ...] = ("long", "short")
     """Which sides are projected."""
+    kernels: tuple[Kernel, ...] = get_args(Kernel)
+    """Kernels."""
     implementations: tuple[Literal["xla", "mosaic_gpu", "triton"], ...] = IMPLEMENTATIONS
     """What to measure; XLA is needed for the comparison."""
     seconds: float = 0.3
@@ -101,16 +105,16 @@ def run(config: Config, store: Store, ceilings: Ceilings) -> None:
     """Takes all measurements that are asked for and not stored yet."""
     began = time.monotonic()
     cases = [Case.parse(text) for text in config.cases]
-    for shape in shapes_of(cases, list(config.sides)):
-        for kernel in KERNELS:
-            if config.minutes is not None and time.monotonic() - began > 60 * config.minutes:
-                print(f"{config.minutes:g} minutes are over; run it again to go on")
-                return
-            _one(config, store, ceilings, kernel, shape)
+    for task in tasks(cases, list(config.sides)):
+        if task.problem.kernel not in config.kernels:
+            continue
+        if config.minutes is not None and time.monotonic() - began > 60 * config.minutes:
+            print(f"{config.minutes:g} minutes are over; run it again to go on")
+            return
+        _one(config, store, ceilings, task)
 
 
-def _one(config: Config, store: Store, ceilings: Ceilings, kernel: str, shape: Shape) -> None:
-    work = task(kernel, shape)
+def _one(config: Config, store: Store, ceilings: Ceilings, work: Task) -> None:
     key = {field: getattr(work.problem, field) for field in KEY[:-1]}
     names = config.implementations
     if not config.again and all(store.has(**key, implementation=name) for name in names):
@@ -139,11 +143,8 @@ def table(rows: list[Row]) -> str:
         times = valid_times(of_problem)
         cells = [_cell(of_problem.get(name), times) for name in IMPLEMENTATIONS]
         best = min(times, key=lambda name: times[name]) if times else "–"
-        side = "rows" if by_rows else "columns"
-        lines.append(
-            [kernel, f"{leaves} × {batch} × {m} × {n}", f"{side} to {rank}", number(floor),
-             *cells, best]
-        )  # fmt: skip
+        side = f"{'rows' if by_rows else 'columns'} to {rank}" if kernel in _PROJECT else "–"
+        lines.append([kernel, f"{leaves} × {batch} × {m} × {n}", side, number(floor), *cells, best])
     header = ["kernel", "leaves × matrices", "projected", "floor, ms", *IMPLEMENTATIONS, "chosen"]
     return markdown(header, lines)
 

@@ -1,5 +1,6 @@
 """The problems that the kernels of `optax_gale.pallas` are measured on."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -8,15 +9,17 @@ import optax
 
 from benchmarks.gpu import data
 from benchmarks.gpu.floors import Work, nbytes
-from benchmarks.gpu.shapes import Case, Group, groups
+from benchmarks.gpu.shapes import Case, Group, counts, groups
 from benchmarks.gpu.timing import Step
+from examples.flax_llama.sizes import get_size
 from optax_gale import pallas
-from optax_gale.pallas import Elementwise, Implementation
+from optax_gale.pallas import Elementwise, Implementation, cholesky_and_inverse
+from optax_gale.pallas.cholesky_and_inverse import problem as factorisation_of
 from optax_gale.pallas.dispatch import Problem
 from optax_gale.transforms.fusion import Analysis
 from optax_gale.transforms.selection import Side, project_rows
 
-KERNELS = ("project_update", "back_project_apply")
+_LARGEST = 128  # matrices that a kernel factors whole
 
 
 class Shape(NamedTuple):
@@ -87,9 +90,40 @@ def shapes_of(cases: list[Case], sides: list[Side]) -> list[Shape]:
     return list(found)
 
 
-def task(kernel: str, shape: Shape) -> Task:
-    """A kernel on a group of leaves."""
-    return project_update(shape) if kernel == "project_update" else back_project_apply(shape)
+def tasks(cases: list[Case], sides: list[Side]) -> Iterator[Task]:
+    """Every kernel on what the models have for it."""
+    for shape in shapes_of(cases, sides):
+        yield project_update(shape)
+        yield back_project_apply(shape)
+    found: dict[tuple[int, int], None] = {}
+    for case in cases:
+        matrices, layers = sum(counts(case.size).values()), get_size(case.size).layers
+        for batch in (matrices, matrices // layers, 1):
+            found[batch, min(case.rank, _LARGEST)] = None
+    for batch, size in found:
+        yield factorisation(batch, size)
+
+
+class _Factorisation(Task):
+    """Of matrices that are positive definite."""
+
+    def inputs(self) -> tuple[Any, Any]:
+        """Random ones, the same every time."""
+        (shape,) = self.fixed
+        x = data.normal(shape, 6, scale=0.1 * shape.shape[-1] ** -0.5)
+        a = jnp.eye(shape.shape[-1]) + x + jnp.swapaxes(x, -1, -2)
+        return jax.tree.map(lambda x: data.normal(x, 5), self.carry), [a]
+
+
+def factorisation(batch: int, size: int) -> Task:
+    """The blocks of a refresh's factorisations: of all matrices of a model, of some, of one."""
+    a = jax.ShapeDtypeStruct((batch, size, size), jnp.float32)
+
+    def step(implementation: Implementation | None) -> Step:
+        return lambda _, fixed: cholesky_and_inverse(fixed[0], implementation=implementation)
+
+    work = Work(3 * nbytes(a), batch * 2 * size**3 // 3)
+    return _Factorisation(factorisation_of(a), work, (a, a), [a], None, step)
 
 
 def project_update(shape: Shape) -> Task:

@@ -254,7 +254,7 @@ def _whole(
 ) -> _Take:
     """Gradients of the whole model, of one part of the batch after another."""
     micro_batches = walk.micro_batches
-    update = functools.partial(optax_gale.update_and_apply, tx)
+    update: Callable[..., Any] = functools.partial(optax_gale.update_and_apply, tx)
     if where is not None:
         update = _where_all_lies(update, tx, where)
 

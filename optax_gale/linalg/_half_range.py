@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_gale._averages import AxisName, averaged
-from optax_gale.pallas.cholesky_and_inverse import cholesky, cholesky_and_inverse
 from optax_gale.linalg._split import (
     GRAM,
     TIMES,
@@ -31,6 +30,7 @@ from optax_gale.linalg._split import (
     split_gram,
     split_times,
 )
+from optax_gale.pallas.cholesky_and_inverse import cholesky, cholesky_and_inverse
 
 _EPS = float(jnp.finfo(jnp.float32).eps)
 # Products of blocks below this size take no time worth saving.

@@ -150,6 +150,10 @@ def refusal(problem: Problem, name: Implementation) -> str | None:
         return problem.obstacle
     try:
         module = backend(problem.kernel, name)
+    except ModuleNotFoundError as error:
+        if error.name == f"optax_gale.pallas.{problem.kernel}.{name}":
+            return "there is no such kernel"
+        return f"this JAX does not have what it needs ({error})"
     except ImportError as error:
         return f"this JAX does not have what it needs ({error})"
     reason: str | None = module.refusal(problem)

@@ -84,9 +84,9 @@ def test_the_floor_is_the_longer_of_moving_and_computing():
 def test_a_kernels_work(nano):
     shape = problems.Shape(Group(2, 3, 8, 6), rank=2, rows=True)
     # G (3, 8, 6) bf16 and P (3, 8, 2) f32 in, two f32 moments (3, 2, 6) through, U bf16 out.
-    first = problems.task("project_update", shape)
+    first = problems.project_update(shape)
     assert first.work == Work(2 * (288 + 192 + 2 * 2 * 144 + 72), 2 * (2 * 144 * 2))
-    second = problems.task("back_project_apply", shape)
+    second = problems.back_project_apply(shape)
     assert second.work == Work(2 * (2 * 288 + 192 + 72), 2 * (2 * 144 * 2))
     known = len(jax.devices()) == 1
     assert first.problem == Problem(
@@ -97,6 +97,16 @@ def test_a_kernels_work(nano):
         (16, 16, True), (16, 16, False), (24, 16, True), (24, 16, False),
         (16, 24, False), (16, 24, True),
     ]  # fmt: skip
+    tasks = list(problems.tasks([nano, Case("nano", 6)], ["long"]))
+    factored = [t for t in tasks if t.problem.kernel == "cholesky_and_inverse"]
+    assert len(tasks) - len(factored) == 2 * 2 * 3
+    # All matrices, a layer's, and one, of either rank.
+    assert [(t.problem.batch, t.problem.m) for t in factored] == [
+        (batch, rank) for rank in (nano.rank, 6) for batch in (14, 7, 1)
+    ]
+    assert factored[0].work == Work(3 * 14 * 4 * nano.rank**2, 14 * 2 * nano.rank**3 // 3)
+    _, (a,) = factored[0].inputs()
+    assert (np.linalg.eigvalsh(a) > 0.5).all()
 
 
 # --- The arms -----
@@ -425,7 +435,7 @@ def test_the_kernels_benchmark_writes_the_table_that_the_dispatch_reads(
     )  # fmt: skip
     kernels.main(config)
     entries = json.loads(table.read_text())["entries"]
-    assert old in entries and len(entries) == 1 + 2 * 3
+    assert old in entries and len(entries) == 1 + 2 * 3 + 3
     assert json.loads((tmp_path / "out" / "measured.json").read_text())["entries"] == entries
     monkeypatch.setattr(dispatch, "_table", lambda: [{**e, "architecture": "9.0"} for e in entries])
     (problem,) = {

@@ -6,6 +6,7 @@ a kernel: solvers take several launches a block, and small ones at that.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def choose(a: jax.Array, implementation: Implementation | None = None) -> Implem
     return dispatch.choose(problem(a), implementation)
 
 
-def problem(a: jax.Array) -> Problem:
+def problem(a: Any) -> Problem:
     """What decides which implementation is fastest: blocks as large as a kernel can serve."""
     *batch, k, _ = a.shape
     k = min(k, max(_LARGEST.values()))

@@ -46,7 +46,7 @@ def _body(size: int, most: int) -> Any:
     width = max(16, _triton.power_of_two(size))
     block = min(most, width)
     jit = _triton.jit_for(size, width, block)
-    SIZE, WIDTH, BLOCK, BLOCKS = (tl.constexpr(x) for x in (size, width, block, width // block))
+    SIZE, WIDTH, BLOCK, BLOCKS = (tl.constexpr(x) for x in (size, width, block, -(-size // block)))
 
     @jit
     def eliminated(block):

@@ -1,13 +1,11 @@
-"""Split products and blocked factorisations."""
+"""Split products."""
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from optax_gale.linalg import _split
-from optax_gale.pallas.cholesky_and_inverse import cholesky, cholesky_and_inverse
 from optax_gale.linalg._split import (
     half_times_split,
     split,
@@ -15,34 +13,6 @@ from optax_gale.linalg._split import (
     split_gram,
     split_times,
 )
-
-
-def with_condition(condition, k, count=3):
-    q = np.linalg.qr(np.random.default_rng(0).standard_normal((count, k, k)))[0]
-    return (q * np.logspace(0, -np.log10(condition), k)) @ np.swapaxes(q, -1, -2)
-
-
-@pytest.mark.parametrize("k", [1, 20, 32, 33, 97, 300])
-@pytest.mark.quick("97", "33")
-def test_blocked_cholesky(k):
-    a = with_condition(1e3, k)
-    lower, inverse = cholesky_and_inverse(jnp.asarray(a, jnp.float32))
-    expected = np.linalg.cholesky(a)
-    np.testing.assert_allclose(lower, expected, atol=1e-4)
-    np.testing.assert_array_equal(lower, np.tril(lower))
-    np.testing.assert_array_equal(inverse, np.tril(inverse))
-    chex.assert_trees_all_equal(lower, cholesky(jnp.asarray(a, jnp.float32)))
-    inverse = np.asarray(inverse, np.float64)
-    residual = inverse @ a @ np.swapaxes(inverse, -1, -2) - np.eye(k)
-    assert np.abs(residual).max() < 2e-4
-
-
-def test_blocked_cholesky_of_an_indefinite_matrix_is_not_finite():
-    a = np.stack([np.eye(100), with_condition(10.0, 100, 1)[0]])
-    a[0, 40, 40] = -1
-    lower, inverse = cholesky_and_inverse(jnp.asarray(a, jnp.float32))
-    for x in (lower, inverse):
-        assert not np.isfinite(x[0]).all() and np.isfinite(x[1]).all()
 
 
 def test_split_products():
