@@ -7,7 +7,7 @@ moment that needs most.
 
 from typing import NamedTuple
 
-from benchmarks.plan.setups import Held, Setup, held, matrices
+from benchmarks.plan.setups import Held, Setup, held, kernels_serve, matrices
 
 LAYER_WORK = 1.6
 """What a layer's backward pass has in flight, in multiples of what the layer keeps for it: fitted
@@ -125,7 +125,7 @@ def _of_the_embedding(setup: Setup) -> float:
 
 def _largest_update(setup: Setup) -> float:
     """The update of the largest stack of projected matrices, which XLA writes down."""
-    if not setup.optimizer.rank:
+    if not setup.optimizer.rank or kernels_serve(setup):
         return 0.0
     _, fsdp, tensor = setup.axes
     largest = max(m.numbers for m in matrices(setup.llama))

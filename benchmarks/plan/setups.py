@@ -162,8 +162,12 @@ class Held(NamedTuple):
 
 def layout_of(setup: Setup) -> Layout:
     """The example's layout, of devices that need not be there."""
+    return _layout(setup.axes)
+
+
+def _layout(axes: tuple[int, int, int]) -> Layout:
     types = (AxisType.Auto,) * len(MESH_AXES)
-    mesh: Any = AbstractMesh(setup.axes, MESH_AXES, axis_types=types)
+    mesh: Any = AbstractMesh(axes, MESH_AXES, axis_types=types)
     return Layout(mesh)
 
 
@@ -213,6 +217,17 @@ def held(setup: Setup) -> Held:
     return Held(weights, moments, projectors)
 
 
+def kernels_serve(setup: Setup) -> bool:
+    """Whether the optimizer's step is in kernels, on GPUs for which there are some."""
+    return _kernels_serve(model_of(setup), setup.optimizer, setup.axes)
+
+
+@functools.lru_cache(maxsize=256)
+def _kernels_serve(model: Llama, optimizer: Optimizer, axes: tuple[int, int, int]) -> bool:
+    shapes, tx = _traced(model, optimizer)
+    return _layout(axes).lets_kernels_serve(tx.init, shapes.params)
+
+
 class Matrices(NamedTuple):
     """Matrices of one name in all layers.
 
@@ -220,7 +235,8 @@ class Matrices(NamedTuple):
       name: of the layer's part.
       rows: m.
       columns: n.
-      fsdp_rows: whether fsdp shares the rows and tensor the columns, or the other way round.
+      fsdp_rows: whether fsdp shares the rows and tensor the columns, or the other way round, where
+        there are both.
     """
 
     name: str
@@ -241,9 +257,14 @@ class Matrices(NamedTuple):
         """Numbers of one projector."""
         return rank * min(self.rows, self.columns)
 
-    @property
-    def reduced_over(self) -> str:
-        """The axis that shares the projected side: columns, unless rows are shorter."""
+    def reduced_over(self, axes: tuple[int, int, int]) -> str | None:
+        """The axis that shares the projected side, if one does: columns, unless rows are shorter.
+
+        Without tensor, fsdp shares the other side if it can.
+        """
+        _, fsdp, tensor = axes
+        if tensor == 1:
+            return "fsdp" if max(self.rows, self.columns) % fsdp else None
         return "fsdp" if (self.rows < self.columns) == self.fsdp_rows else "tensor"
 
 

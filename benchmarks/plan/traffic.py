@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 from benchmarks.plan.memory import adds_up_whole_tables, looks_up_in_place
-from benchmarks.plan.setups import Matrices, Setup, matrices
+from benchmarks.plan.setups import Matrices, Setup, kernels_serve, matrices
 
 What = Literal["weights", "gradients", "activations", "look-up", "projections"]
 
@@ -154,8 +154,12 @@ def _projections(setup: Setup) -> Iterator[Transfer]:
 def _along(setup: Setup, m: Matrices, axis: str, devices: int, others: int) -> Transfer:
     """Along one axis, of which the other devices along the other axis have parts."""
     rank, share = setup.optimizer.rank, 4 * setup.llama.layers / others
+    reduces = axis == m.reduced_over(setup.axes)
+    if kernels_serve(setup):  # nothing that could be whole is shared
+        sums = summed(share * m.projected(rank), devices) if reduces else 0.0
+        return _plain("projections", axis, sums)
     projector = gathered(share * m.projector(rank), devices)
-    if axis != m.reduced_over:
+    if not reduces:
         return _plain("projections", axis, projector)
     inside = gathered(share * m.projected(rank), devices)
     # Where gradients were added up whole, each device projects for its part of the other side.

@@ -111,22 +111,32 @@ class Layout:
           init: makes the state from weights.
           params: the shapes of the weights.
         """
+        by_types, shared = self._states(init, params)
+        return by_types if self.lets_kernels_serve(init, params) else shared
+
+    def lets_kernels_serve(self, init: Any, params: Any) -> bool:
+        """Whether the state lies where types say, which is what lets kernels serve.
+
+        They make no updates of the weights' size. If that saves more, projectors may be whole.
+        """
+        plain = jax.eval_shape(optax_gale.dequantize_weights, params)
+        updates = jax.tree.leaves(jax.tree.map(_shard_bytes, plain, self.weights(plain)))
+        state = jax.eval_shape(init, params)
+        by_types, shared = (bytes_on_a_device(state, x) for x in self._states(init, params))
+        return by_types - shared <= max(updates, default=0)
+
+    def _states(self, init: Any, params: Any) -> tuple[Any, Any]:
+        """The state's shardings by types alone, and with nothing whole that could be shared."""
         plain = jax.eval_shape(optax_gale.dequantize_weights, params)
         tx = optax.GradientTransformation(init, _never)
-        state, weights = jax.eval_shape(init, params), self.weights(plain)
-        by_types, shared = (
-            jax.tree.map(
-                lambda spec: NamedSharding(self.mesh, spec),
-                optax_gale.state_partition_specs(tx, plain, weights, mesh),
-                is_leaf=lambda x: isinstance(x, P),
-            )
+        specs = [
+            optax_gale.state_partition_specs(tx, plain, self.weights(plain), mesh)
             for mesh in (None, self.mesh)
+        ]
+        by_types, shared = jax.tree.map(
+            functools.partial(NamedSharding, self.mesh), specs, is_leaf=lambda x: isinstance(x, P)
         )
-        # Kernels serve where types say what each device has. They make no updates of the weights'
-        # size, for which some projectors may be whole.
-        largest = max(jax.tree.leaves(jax.tree.map(_shard_bytes, plain, weights)), default=0)
-        more = bytes_on_a_device(state, by_types) - bytes_on_a_device(state, shared)
-        return by_types if more <= largest else shared
+        return by_types, shared
 
     def unspread(self, params: Any) -> list[str]:
         """Paths of matrices of which an axis cannot be divided as it should be."""
