@@ -108,6 +108,7 @@ def test_a_layer_keeps_what_its_derivative_needs(size):
     "setup",
     [
         checks.small("data=2,fsdp=4", adamw_of("float32"), 512),
+        checks.small("fsdp=8", gale_of(16, "float32"), 512, llama=checks.GROUPED),
         checks.small("fsdp=4,tensor=2", gale_of(16, "float32"), 512, llama=checks.GROUPED),
         checks.small("data=8", gale_of(16, "float32", axis_name=DATA), average=True),
     ],
