@@ -1,4 +1,5 @@
-"""GPU kernels for the two passes of a step over weights and gradients, and XLA's form of each.
+"""GPU kernels for the two passes of a step over weights and gradients, and for the factorisations of
+a refresh; and XLA's form of each.
 
 A folder a kernel: ``reference.py`` defines it in a few lines, the other modules are backends with
 the same signature. The package knows arrays only, nothing of optimizers.
