@@ -1,5 +1,6 @@
-"""GPU kernels for the two passes of a step over weights and gradients, and for the factorisations of
-a refresh; and XLA's form of each.
+"""GPU kernels for what a step and a refresh spend their time on, and XLA's form of each.
+
+A step takes two passes over weights and gradients; a refresh factors small matrices.
 
 A folder a kernel: ``reference.py`` defines it in a few lines, the other modules are backends with
 the same signature. The package knows arrays only, nothing of optimizers.
