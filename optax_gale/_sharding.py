@@ -5,13 +5,22 @@ result could be laid out in several ways. Everything here reads types only, so i
 one device, under Auto axes, or inside ``vmap`` and ``shard_map``.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 _Axes = str | tuple[str, ...] | None
+_NO_MESH = jax.sharding.AbstractMesh((), ())
+
+
+@contextlib.contextmanager
+def concrete() -> Iterator[None]:
+    """Within it JAX computes with numbers at once, also while it traces, and whatever the mesh."""
+    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(_NO_MESH):
+        yield
 
 
 def spec_of(x: jax.Array) -> tuple[_Axes, ...]:

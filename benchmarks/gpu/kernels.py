@@ -14,12 +14,11 @@ from benchmarks.gpu.timing import Step
 from examples.flax_llama.sizes import get_size
 from optax_gale import pallas
 from optax_gale.pallas import Elementwise, Implementation, cholesky_and_inverse
+from optax_gale.pallas.cholesky_and_inverse import LARGEST
 from optax_gale.pallas.cholesky_and_inverse import problem as factorisation_of
 from optax_gale.pallas.dispatch import Problem
 from optax_gale.transforms.fusion import Analysis
 from optax_gale.transforms.selection import Side, project_rows
-
-_LARGEST = 128  # matrices that a kernel factors whole
 
 
 class Shape(NamedTuple):
@@ -99,7 +98,7 @@ def tasks(cases: list[Case], sides: list[Side]) -> Iterator[Task]:
     for case in cases:
         matrices, layers = sum(counts(case.size).values()), get_size(case.size).layers
         for batch in (matrices, matrices // layers, 1):
-            found[batch, min(case.rank, _LARGEST)] = None
+            found[batch, min(case.rank, LARGEST)] = None
     for batch, size in found:
         yield factorisation(batch, size)
 

@@ -161,7 +161,8 @@ def _findings(case: Case) -> Iterator[Row]:
 
 
 def _step(case: Case, arm: Arm) -> _Step:
-    layout = Layout.of(DeviceOptions(mesh=case.mesh).axes() or {"data": 1, "fsdp": 1, "tensor": 1})
+    axes = DeviceOptions(mesh=case.mesh).axes() or {"data": 1, "fsdp": 1, "tensor": 1}
+    layout = Layout.of(axes, kernels=arm.refreshes)
     model = Llama(
         get_size(case.size),
         dtype=jnp.bfloat16,

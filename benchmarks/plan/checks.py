@@ -83,7 +83,7 @@ def programs() -> list[Setup]:
 
 def compiled(setup: Setup, refresh: bool | None = None) -> Any:
     """The example's step on devices that are there, with all that it carries where it belongs."""
-    layout = Layout.of(setup.mesh)
+    layout = Layout.of(setup.mesh, kernels=bool(setup.optimizer.rank))
     walk = Walk(mesh=layout.mesh if setup.average else None)
     shapes, tx = shapes_of(setup)
     stream = None if setup.average or setup.devices == 1 else layout.batch

@@ -162,13 +162,13 @@ class Held(NamedTuple):
 
 def layout_of(setup: Setup) -> Layout:
     """The example's layout, of devices that need not be there."""
-    return _layout(setup.axes)
+    return _layout(setup.optimizer, setup.axes)
 
 
-def _layout(axes: tuple[int, int, int]) -> Layout:
+def _layout(optimizer: Optimizer, axes: tuple[int, int, int]) -> Layout:
     types = (AxisType.Auto,) * len(MESH_AXES)
     mesh: Any = AbstractMesh(axes, MESH_AXES, axis_types=types)
-    return Layout(mesh)
+    return Layout(mesh, kernels=bool(optimizer.rank))
 
 
 def shapes_of(setup: Setup) -> tuple[TrainState, optax.GradientTransformation]:
@@ -225,7 +225,7 @@ def kernels_serve(setup: Setup) -> bool:
 @functools.lru_cache(maxsize=256)
 def _kernels_serve(model: Llama, optimizer: Optimizer, axes: tuple[int, int, int]) -> bool:
     shapes, tx = _traced(model, optimizer)
-    return _layout(axes).lets_kernels_serve(tx.init, shapes.params)
+    return _layout(optimizer, axes).lets_kernels_serve(tx.init, shapes.params)
 
 
 class Matrices(NamedTuple):

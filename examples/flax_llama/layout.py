@@ -42,18 +42,20 @@ class Layout:
     Attributes:
       mesh: of all devices.
       side: of layers' matrices that the optimizer projects, if it does.
+      kernels: whether the optimizer's step can be in kernels.
     """
 
     mesh: Mesh
     side: Literal["short", "long"] = "short"
+    kernels: bool = False
 
     @classmethod
-    def of(cls, sizes: Mapping[str, int], side: Literal["short", "long"] = "short") -> "Layout":
+    def of(cls, sizes: Mapping[str, int], **options: Any) -> "Layout":
         """Makes the mesh of so many devices along each axis.
 
         Args:
           sizes: of the axes.
-          side: that the optimizer projects.
+          **options: the other attributes.
 
         Raises:
           UserError: if there are not as many devices.
@@ -64,7 +66,9 @@ class Layout:
             raise UserError(f"--mesh {text} is of {wanted} devices, and there are {there}")
         types = (AxisType.Auto,) * len(MESH_AXES)
         devices = jax.devices()[:wanted]
-        return cls(jax.make_mesh(tuple(sizes.values()), MESH_AXES, types, devices=devices), side)
+        return cls(
+            jax.make_mesh(tuple(sizes.values()), MESH_AXES, types, devices=devices), **options
+        )
 
     @property
     def rows(self) -> int:
@@ -117,10 +121,17 @@ class Layout:
     def lets_kernels_serve(self, init: Any, params: Any) -> bool:
         """Whether the state lies where types say, which is what lets kernels serve.
 
-        They make no updates of the weights' size. If that saves more, projectors may be whole.
+        They make no updates of a stack's size. If that saves more, projectors may be whole.
         """
+        if not self.kernels:
+            return False
         plain = jax.eval_shape(optax_gale.dequantize_weights, params)
-        updates = jax.tree.leaves(jax.tree.map(_shard_bytes, plain, self.weights(plain)))
+        sizes = jax.tree.map(_shard_bytes, plain, self.weights(plain))
+        updates = [
+            size
+            for path, size in jax.tree_util.tree_flatten_with_path(sizes)[0]
+            if any(getattr(key, "key", None) == "layers" for key in path)
+        ]
         state = jax.eval_shape(init, params)
         by_types, shared = (bytes_on_a_device(state, x) for x in self._states(init, params))
         return by_types - shared <= max(updates, default=0)

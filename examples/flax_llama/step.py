@@ -292,17 +292,24 @@ def _where_all_lies(
 ) -> Callable[..., Any]:
     """Tells the optimizer what each device has, so that kernels can serve.
 
-    Not in steps that refresh, whose factorisations the compiler spreads better by itself, nor where
-    devices share what types cannot say (`optax_gale.state_partition_specs`).
+    Of a refresh it is told for the step that follows: factorisations the compiler spreads better
+    by itself. Nothing is told where devices share what types cannot say, see
+    `optax_gale.state_partition_specs`.
     """
+    apart = getattr(tx, "refreshed", None) is not None
     weights, state = ([x.spec for x in jax.tree.leaves(tree)] for tree in where[1:])
 
     def there(grads: Any, opt_state: Any, params: Any, **extra: Any) -> Any:
         of_params = jax.tree.unflatten(jax.tree.structure(params), weights)
         by_types = optax_gale.state_partition_specs(tx, params, of_params)
         told = jax.tree.leaves(by_types, is_leaf=lambda x: isinstance(x, P))
-        if extra.get("refresh") is not False or [*map(_axes, told)] != [*map(_axes, state)]:
+        by_itself = extra.get("refresh") is None or (extra["refresh"] and not apart)
+        if by_itself or [*map(_axes, told)] != [*map(_axes, state)]:
             return update(grads, opt_state, params, **extra)
+        if extra["refresh"]:
+            others = {name: x for name, x in extra.items() if name != "refresh"}
+            opt_state = optax_gale.refresh_projectors(tx, grads, opt_state, params, **others)
+            extra["refresh"] = False
         run = jax.sharding.explicit_axes(
             functools.partial(update, **extra), in_sharding=(of_params, by_types, of_params)
         )

@@ -138,7 +138,13 @@ def layout_of(config: TrainConfig, settings: Mapping[str, Any]) -> Layout:
     """
     everybody = jax.device_count() if jax.process_count() > 1 else 1
     axes = config.devices.axes() or {"data": everybody, "fsdp": 1, "tensor": 1}
-    return Layout.of(axes, settings.get("side", "short"))
+    training = config.training
+    return Layout.of(
+        axes,
+        side=settings.get("side", "short"),
+        # Where the host does not choose the steps that refresh, there is a conditional in each.
+        kernels=training.host_refresh and not training.layerwise,
+    )
 
 
 class Trainer:

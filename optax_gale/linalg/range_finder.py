@@ -379,7 +379,10 @@ def _sketched(
             omega = jnp.zeros((n, width), omega.dtype).at[columns].set(omega)
         else:
             g = jnp.take(g, columns, axis=-1)
-    return product("...mn,nk->...mk", g, omega)
+    # One for each matrix: with one for all, compilers multiply all rows of a stack at once, for
+    # which they copy matrices that are transposed.
+    omega = jnp.broadcast_to(omega, (*g.shape[:-2], *omega.shape))
+    return product("...mn,...nk->...mk", g, omega)
 
 
 def _factor_dtype(g: jax.Array) -> jnp.dtype:

@@ -197,11 +197,12 @@ def one_for_each(scalars: Sequence[Any], leaves: int) -> list[Any]:
 
 
 def _words(problem: Problem) -> str:
+    matrices = f"{problem.leaves} x {problem.batch} {problem.dtype} matrices"
+    sizes = f"{matrices} of {problem.m} x {problem.n}"
+    if problem.rank == problem.m == problem.n:
+        return sizes
     side = "rows" if problem.rows else "columns"
-    return (
-        f"{problem.leaves} x {problem.batch} {problem.dtype} matrices of {problem.m} x "
-        f"{problem.n}, {side} projected to rank {problem.rank}"
-    )
+    return f"{sizes}, {side} projected to rank {problem.rank}"
 
 
 def capability() -> str:

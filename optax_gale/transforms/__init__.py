@@ -8,7 +8,7 @@ from optax_gale.transforms.aliases import (
     gale_muon,
     gale_sgd,
 )
-from optax_gale.transforms.apply import update_and_apply
+from optax_gale.transforms.apply import refresh_projectors, update_and_apply
 from optax_gale.transforms.matrices import GaleDimensionNumbers
 from optax_gale.transforms.memory import LeafMemory, MemoryReport, memory_report
 from optax_gale.transforms.moments import Rotate
@@ -55,6 +55,7 @@ __all__ = [
     "kahan_summation",
     "memory_report",
     "quantize_states",
+    "refresh_projectors",
     "scale_by_orthogonalized_momentum",
     "state_partition_specs",
     "stochastic_rounding",

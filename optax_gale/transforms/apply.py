@@ -43,10 +43,13 @@ class ExtendedTransformation(optax.GradientTransformationExtraArgs):
       in_place: ``(grads, state, params, implementation, **extra_args) -> (params, state)``, if it
         can apply its updates itself.
       halves: its step in two halves, if it projects gradients.
+      refreshed: ``(grads, state, params, **extra_args) -> state``: what of a step that refreshes
+        all projectors comes before the step, if it has projectors.
     """
 
     in_place: Callable[..., tuple[Any, Any]] | None = None
     halves: Halves | None = None
+    refreshed: Callable[..., Any] | None = None
 
 
 def extended(
@@ -54,12 +57,13 @@ def extended(
     *,
     in_place: Callable[..., tuple[Any, Any]] | None = None,
     halves: Halves | None = None,
+    refreshed: Callable[..., Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Attaches what a transformation can do beyond ``update``, if that is anything."""
-    if in_place is None and halves is None:
+    if in_place is None and halves is None and refreshed is None:
         return tx
     out = ExtendedTransformation(*tx)
-    out.in_place, out.halves = in_place, halves
+    out.in_place, out.halves, out.refreshed = in_place, halves, refreshed
     return out
 
 
@@ -145,6 +149,51 @@ def update_and_apply(
         return out
     updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **extra_args)
     return optax.apply_updates(params, updates), state
+
+
+def refresh_projectors(
+    tx: optax.GradientTransformation,
+    grads: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+) -> optax.OptState:
+    """Refreshes all projectors, and carries the moments over, but takes no step.
+
+    The step that ``tx.update(..., refresh=True)`` takes is this, and then
+    ``tx.update(..., refresh=False)`` on the same gradients. Apart, the two can run differently:
+    on a mesh, say, the refresh as the compiler spreads it, and the step in kernels that types tell
+    what each device has.
+
+    Args:
+      tx: `gale` or an alias of it, or `optax_gale.chain` where one of them comes last.
+      grads: the gradients.
+      state: its state.
+      params: the parameters, if ``tx`` needs them.
+      **extra_args: for the transformation's `update`, but ``refresh``.
+
+    Returns:
+      The state before the step.
+
+    Raises:
+      ValueError: if ``tx`` has no projectors that it can refresh by themselves.
+      TypeError: if ``tx`` is no transformation, or ``state`` is another one's.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_gale
+      >>> tx = optax_gale.gale_adamw(1e-2, rank=8)
+      >>> params = {"kernel": jnp.ones((256, 64))}
+      >>> state = optax_gale.refresh_projectors(tx, params, tx.init(params), params)
+      >>> updates, state = tx.update(params, state, params, refresh=False)
+    """
+    check_transformation("tx", tx)
+    refreshed = getattr(tx, "refreshed", None)
+    if refreshed is None:
+        raise ValueError(
+            "refresh_projectors takes `gale`, an alias of it, or an optax_gale.chain that ends in "
+            f"one, got {tx!r}."
+        )
+    return refreshed(grads, state, params, **extra_args)
 
 
 def check_transformation(name: str, tx: Any) -> None:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from optax_gale import _sharding
 from optax_gale.pallas.elementwise import PRIMITIVES, Constant, Elementwise, Operation
 from optax_gale.transforms import dataflow
 
@@ -286,9 +287,6 @@ class Analysis:
         return Evaluation(out[: self._leaves], out[self._leaves : last], out[last:], scalars)
 
 
-_NO_MESH = jax.sharding.AbstractMesh((), ())
-
-
 def _literal_key(literal: Any) -> Hashable:
     value = np.asarray(literal.val)
     return (str(literal.aval), value.shape, value.tobytes())
@@ -321,8 +319,7 @@ def _operation(eqn: Any, operands: tuple[Any, ...], dtype: Any) -> Any:
         return operands[0]
     params = tuple(sorted(eqn.params.items(), key=lambda item: item[0]))
     if all(isinstance(x, Constant) for x in operands):
-        # Of no mesh, whatever mesh is in context.
-        with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(_NO_MESH):
+        with _sharding.concrete():
             numbers = [jax.numpy.asarray(x.value, x.dtype) for x in operands]
             return Constant(np.asarray(eqn.primitive.bind(*numbers, **eqn.params)).item(), dtype)
     return Operation(eqn.primitive, params, operands, dtype)

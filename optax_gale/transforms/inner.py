@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_gale import _sharding
 from optax_gale.transforms import dataflow, shardings
 
 _REMEDY = (
@@ -147,7 +148,7 @@ def probe(
     random = np.random.default_rng(0)
     sample = lambda shape: size * random.uniform(1.0, 2.0, shape)
     try:
-        with jax.ensure_compile_time_eval():
+        with _sharding.concrete():
             zeros, grads = (_small(tree, projected, make) for make in (np.zeros, sample))
             state = inner.update(grads, inner.init(zeros), zeros, value=jnp.ones(()))[1]
     except jax.errors.JAXTypeError:
@@ -166,7 +167,7 @@ def direction(
     that never moves has 0.
     """
     try:
-        with jax.ensure_compile_time_eval():
+        with _sharding.concrete():
             return float(_direction(inner, tree, projected, 1024))
     except jax.errors.JAXTypeError:  # a traced hyperparameter
         return _direction(inner, tree, projected, 64)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_gale import linalg
+from optax_gale import _sharding, linalg
 from optax_gale.transforms import storage, trees
 from optax_gale.transforms.matrices import Projection
 
@@ -402,7 +402,7 @@ def check_powers(moments: Moments, found: Sequence[Moment], once: Any, doubled: 
         if moment.kind != "second" or name in told:
             continue
         # In NumPy: these arrays are concrete also where `init` is traced.
-        with jax.ensure_compile_time_eval():
+        with _sharding.concrete():
             arrays = [storage.value(y) for y in (small[moment.index], x)]
         size, doubled_size = (np.abs(np.asarray(y, np.float64)).sum() for y in arrays)
         if size and abs(doubled_size / size - 2) < 0.1:

@@ -167,6 +167,7 @@ def _chained(
         optax.with_extra_args_support(optax.chain(*stages)),
         in_place=_in_place(getattr(last, "in_place", None), pass_on),
         halves=_halves(getattr(last, "halves", None), before, pass_on),
+        refreshed=_refreshed(getattr(last, "refreshed", None), pass_on),
     )
 
 
@@ -180,6 +181,18 @@ def _in_place(own, pass_on):
         return params, (*states, last)
 
     return in_place
+
+
+def _refreshed(own, pass_on):
+    if own is None:
+        return None
+
+    def refreshed(grads, state, params=None, **extra_args):
+        # Those before it take their step with the last one.
+        grads, _ = pass_on(grads, state, params, extra_args)
+        return (*state[:-1], own(grads, state[-1], params, **extra_args))
+
+    return refreshed
 
 
 def _halves(own: Halves | None, before, pass_on) -> Halves | None:

@@ -121,6 +121,16 @@ def wrap(
         step.run_inner()
         return step.apply(), step.new_state()
 
+    def refreshed(
+        updates: optax.Updates,
+        state: GaleState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> GaleState:
+        step = Step(inner, full_rank, options, updates, state, params, extra_args)
+        step.refresh_projectors(True)
+        return step.refreshed_state()
+
     def zeros(params: optax.Params) -> Any:
         leaves, treedef = trees.flatten(params)
         proxies = [
@@ -176,6 +186,7 @@ def wrap(
             *(zeros, project, update_projected, apply_projected),
             axis_name=options.axis_name,
         ),
+        refreshed=refreshed,
     )
 
 

@@ -49,7 +49,7 @@ pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"
 def test_what_is_held_is_what_lies_on_a_device(mesh, optimizer):
     setup = Setup(checks.GROUPED, mesh_of(mesh), optimizer)
     shapes, tx = shapes_of(setup)
-    layout = Layout.of(setup.mesh)
+    layout = Layout.of(setup.mesh, kernels=bool(setup.optimizer.rank))
     where = (layout.weights(shapes.params), layout.state(tx.init, shapes.params))
     sharded = zip(
         jax.tree.leaves((shapes.params, shapes.opt_state)), jax.tree.leaves(where), strict=True

@@ -161,7 +161,7 @@ def test_without_tensor_the_side_that_is_not_projected_is_divided():
     }
 
     def specs(side, **layers):
-        layout = Layout.of({"data": 1, "fsdp": 2, "tensor": 1}, side)
+        layout = Layout.of({"data": 1, "fsdp": 2, "tensor": 1}, side=side)
         where = layout.weights({"layers": kernels(**layers), **kernels(lm_head=(64, 320))})
         assert tuple(where.pop("lm_head").spec) == rows
         return {name: tuple(x.spec) for name, x in where["layers"].items()}
@@ -176,15 +176,21 @@ def test_without_tensor_the_side_that_is_not_projected_is_divided():
 
 
 def test_projectors_are_whole_where_kernels_save_more():
-    """A kernel makes no update, of which the largest is the measure."""
-    layout = Layout.of({"data": 1, "fsdp": 4, "tensor": 1})
-    params = {"layers": {"gate": jax.ShapeDtypeStruct((8, 64, 160), jnp.float32)}}
-    for rank, spec in ((8, (None, None)), (60, (None, "fsdp"))):
-        tx = optax_gale.gale_adamw(1e-3, rank)
-        projector = layout.state(tx.init, params).projector["layers"]["gate"]
-        assert tuple(projector.spec)[: len(spec)] == spec
-        moment = layout.state(tx.init, params).inner_state[0].mu["layers"]["gate"]
-        assert tuple(moment.spec) == (None, None, "fsdp")
+    """A kernel makes no update of a stack, of which the largest is the measure."""
+    axes = {"data": 1, "fsdp": 4, "tensor": 1}
+    shapes = {"layers": {"gate": (8, 64, 160)}, "lm_head": (64, 4096)}
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes, is_leaf=lambda x: isinstance(x, tuple),
+    )  # fmt: skip
+    select = {"layers": {"gate": True}, "lm_head": False}
+    whole, shared = (None, None), (None, "fsdp")
+    for kernels, rank, spec in ((True, 8, whole), (True, 60, shared), (False, 8, shared)):
+        layout = Layout.of(axes, kernels=kernels)
+        tx = optax_gale.gale_adamw(1e-3, rank, select=select)
+        state = layout.state(tx.init, params)
+        assert tuple(state.projector["layers"]["gate"].spec)[:2] == spec
+        assert tuple(state.inner_state[0].mu["layers"]["gate"].spec) == (None, None, "fsdp")
 
 
 class Compiled:
@@ -193,8 +199,8 @@ class Compiled:
     def __init__(self, mesh, corpus_folder, average="gradients", **options):
         config = TrainConfig(
             optimizer="gale_adamw",
-            optimization=OptimizerOptions(rank=4, **options),
-            training=TrainingOptions(batch_size=8, average=average),
+            optimization=OptimizerOptions(rank=4, refresh_schedule="together", **options),
+            training=TrainingOptions(batch_size=8, average=average, host_refresh=True),
             model=ModelOptions(size="wide", dtype="float32"),
             data=DataConfig(
                 source="text",
@@ -309,13 +315,21 @@ BOTH = ("project_update", "back_project_apply")
         ("data=8", False, BOTH, {(2, 64, 64), (2, 64, 160), (2, 160, 64)}),
         # Devices add up what they project.
         ("fsdp=4,tensor=2", False, BOTH[1:], {(2, 16, 32), (2, 16, 80), (2, 80, 16)}),
-        ("data=2,fsdp=4", True, (), set()),  # the factorisations of a refresh are the compiler's
+        # The step after the refresh.
+        ("data=2,fsdp=4", True, BOTH, {(2, 64, 16), (2, 16, 160), (2, 160, 16)}),
     ],
 )
 def test_kernels_serve_the_parts_of_matrices(mesh, refresh, kernels, parts, compiled, served):
     made = compiled(mesh, select=PROJECTED)
     made.step.__wrapped__(refresh)  # compiled anew
     assert served == dict.fromkeys(kernels, parts)
+
+
+@pytest.mark.parametrize("options", [{"residual": "fira"}, {"moments": "reset"}], ids=str)
+def test_what_an_optimizer_asks_of_its_inner_is_of_no_mesh(options, compiled):
+    made = compiled("data=2,fsdp=4", select=PROJECTED, **options)
+    report = optax_gale.traffic_report(made.step(False))
+    assert large(report) == large(made.model_alone) != Counter()
 
 
 def test_devices_that_average_projections_send_less(compiled):

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from optax_gale import pallas
 from optax_gale.pallas import cholesky_and_inverse, dispatch
@@ -43,16 +45,16 @@ def check(k, implementation, condition=1e3, count=3):
     inverse = np.asarray(found[1], np.float64)
     residual = inverse @ a @ np.swapaxes(inverse, -1, -2) - np.eye(k)
     assert np.abs(residual).max() < 2e-7 * condition
-    chex.assert_trees_all_close(
-        found[0], factor(x, implementation=implementation), rtol=0, atol=1e-6
-    )
+    alone = factor(x, implementation=implementation)  # by products of its own
+    assert np.abs(alone - reference(a)[0]).max() < 2e-7 * condition
 
 
 def check_indefinite(implementation):
     """One matrix that cannot be factored is told apart, and leaves the others alone."""
-    for k, pivot in ((100, -1.0), (100, 0.0), (100, np.nan), (300, -1.0)):
+    places = [(100, i) for i in (0, 15, 16, 41, 99)] + [(300, 40), (300, 299)]
+    for (k, i), pivot in zip(places, (-1.0, 0.0, np.nan, -1.0, -1.0, -1.0, 0.0), strict=True):
         a = np.stack([np.eye(k), with_condition(10.0, k, 1)[0]])
-        a[0, 40, 40] = pivot
+        a[0, i, i] = pivot
         found = cholesky_and_inverse(jnp.asarray(a, jnp.float32), implementation=implementation)
         for x in found:
             assert not np.isfinite(x[0]).all() and np.isfinite(x[1]).all()
@@ -151,7 +153,8 @@ def test_the_kernel_serves_blocks_where_it_is_faster(interpreter, monkeypatch):
     chex.assert_trees_all_close(cholesky_and_inverse(a), by_solvers, rtol=1e-4, atol=1e-4)
     assert served == [(3, 128, 128), (3, 128, 128), (3, 44, 44)]
     # What a batch of them is under vmap, no kernel serves.
-    served.clear()
+    wrong = lambda a: (jnp.full_like(a, jnp.nan),) * 2
+    monkeypatch.setattr(interpreter, "cholesky_and_inverse", wrong)
     found = jax.vmap(cholesky_and_inverse)(a)
     chex.assert_trees_all_close(found, by_solvers, rtol=1e-4, atol=1e-4)
 
@@ -165,3 +168,41 @@ def test_what_cannot_be_served_is_refused_with_the_reason():
         cholesky_and_inverse(a, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="must be None or one of"):
         cholesky_and_inverse(a, implementation="cuda")
+
+
+@pytest.mark.parametrize("shape", [(0, 40, 40), (3, 0, 0), (0, 300, 300)], ids=str)
+def test_nothing_is_factored(shape):
+    assert [x.shape for x in cholesky_and_inverse(jnp.zeros(shape))] == [shape] * 2
+    with pytest.raises(pallas.UnsupportedError, match="there is nothing to do"):
+        cholesky_and_inverse(jnp.zeros(shape), implementation="triton")
+
+
+def test_matrices_must_be_square_and_in_float32():
+    for shape in ((4,), (4, 3), (2, 4, 3)):
+        with pytest.raises(ValueError, match=r"a must be \(\*batch, k, k\), got shape"):
+            cholesky_and_inverse(jnp.ones(shape))
+    for dtype in (jnp.bfloat16, jnp.int32):
+        with pytest.raises(TypeError, match="a must be of float32 or float64, got"):
+            cholesky_and_inverse(jnp.eye(4, dtype=dtype))
+    with jax.enable_x64():
+        a = jnp.asarray(with_condition(1e3, 40))
+        (lower, _) = cholesky_and_inverse(a)
+        assert lower.dtype == jnp.float64
+        np.testing.assert_allclose(lower, np.linalg.cholesky(a), atol=1e-12)
+        with pytest.raises(pallas.UnsupportedError, match="it takes float32 only"):
+            cholesky_and_inverse(a, implementation="triton")
+    assert cholesky_and_inverse([[4.0]])[1].tolist() == [[0.5]]
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P(None, None, "x")], ids=str)
+def test_matrices_that_devices_share_are_refused(spec):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        whole = jnp.tile(jnp.eye(24), (8, 1, 1))
+        a = jax.device_put(whole, NamedSharding(mesh, spec))
+        with pytest.raises(ValueError, match="a must be whole on every device, got the sharding"):
+            cholesky_and_inverse(a)
+        each = jax.shard_map(cholesky_and_inverse, out_specs=P("x"))
+        found = each(jax.device_put(whole, NamedSharding(mesh, P("x"))))
+    chex.assert_trees_all_equal(jax.device_get(found), (np.asarray(whole),) * 2)

@@ -434,3 +434,46 @@ def test_a_sketch_serves_leaves_of_one_rank_together(monkeypatch):
             {name: gradients[name]}, tx.init(one), one
         )
         chex.assert_trees_all_close(p, alone.projector[name], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optax_gale.gale_adamw(0.1, RANK, weight_decay=0.1),
+        lambda: optax_gale.gale_adamw(0.1, RANK, residual="fira", state_dtype="int8"),
+        lambda: optax_gale.chain(
+            optax.trace(0.9), optax.clip_by_global_norm(1.0), optax_gale.gale_adamw(0.1, RANK)
+        ),
+        lambda: optax_gale.chain(
+            optax.trace(0.9), optax_gale.gale_project(RANK), optax.scale_by_adam(), optax.scale(-1)
+        ),
+    ],
+    ids=["gale_adamw", "fira, int8", "a chain", "gale_project"],
+)
+def test_a_refresh_and_the_step_after_it_are_the_step_that_refreshes(make):
+    tx = make()
+    params = ones({"a": (4, 6), "b": (2, 6, 4), "c": (3,)})
+    state = tx.init(params)
+    draw = lambda seed: {
+        k: jax.random.normal(jax.random.key(seed), p.shape) for k, p in params.items()
+    }
+    update = jax.jit(tx.update, static_argnames="refresh")
+    _, state = update(draw(0), state, params, refresh=True)
+    expected = update(draw(1), state, params, refresh=True)
+    refreshed = optax_gale.refresh_projectors(tx, draw(1), state, params)
+    assert jax.tree.structure(refreshed) == jax.tree.structure(state)
+    apart = update(draw(1), refreshed, params, refresh=False)
+    chex.assert_trees_all_close(apart, expected, rtol=1e-5, atol=1e-6)
+    kept, _ = update(draw(1), state, params, refresh=False)
+    assert not np.allclose(kept["a"], expected[0]["a"], atol=1e-3)
+
+
+def test_only_what_projects_has_projectors_to_refresh():
+    grads = {"a": jnp.ones((4, 6))}
+    with pytest.raises(ValueError, match="takes `gale`, an alias of it, or an optax_gale"):
+        optax_gale.refresh_projectors(optax.sgd(0.1), grads, (), grads)
+    with pytest.raises(TypeError, match="`tx` must be an Optax gradient transformation"):
+        optax_gale.refresh_projectors(None, grads, (), grads)
+    tx = optax_gale.gale_adamw(0.1, 2)
+    with pytest.raises(TypeError, match="`state` must be what `init`"):
+        optax_gale.refresh_projectors(tx, grads, (), grads)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_gale._products import einsum
+from optax_gale._sharding import spec_of
 from optax_gale.pallas import dispatch, meshes
 from optax_gale.pallas.cholesky_and_inverse import xla
 from optax_gale.pallas.dispatch import Implementation, Problem
@@ -19,7 +20,8 @@ from optax_gale.pallas.dispatch import Implementation, Problem
 Times = Callable[[jax.Array, jax.Array], jax.Array]
 
 _NAME = "cholesky_and_inverse"
-_LARGEST = {"xla": xla.LARGEST, "triton": 128}
+LARGEST = 128  # that a kernel can serve: one more and it has more entries than a program registers
+_LARGEST = {"xla": xla.LARGEST, "triton": LARGEST}
 
 
 def float32_times(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -36,17 +38,20 @@ def cholesky_and_inverse(
     it are then many times as fast as triangular solves.
 
     Args:
-      a: ``(*batch, k, k)``, symmetric, in float32.
-      times: multiplies blocks; its rounding is that of the result.
+      a: ``(*batch, k, k)``, symmetric, in float32, or in float64, which XLA serves.
+      times: multiplies blocks, ``(*batch, i, j)`` and ``(*batch, j, k)``; its rounding is that of
+        the result.
       implementation: who serves blocks: None for the fastest that was measured, ``"xla"``, or
         ``"triton"`` (with `jax-triton`).
 
     Returns:
-      Lower triangular ``L`` and ``L⁻¹``, ``(*batch, k, k)``. Those of a matrix that is not positive
-      definite are not finite.
+      Lower triangular ``L`` and ``L⁻¹``, ``(*batch, k, k)``. If a matrix is not positive definite,
+      neither of its own is finite.
 
     Raises:
-      ValueError: if ``implementation`` is unknown, or (`UnsupportedError`) cannot serve.
+      TypeError: if ``a`` is no array of float32 or float64.
+      ValueError: if its last two axes differ, its type shards it, ``implementation`` is unknown, or
+        (`UnsupportedError`) cannot serve.
 
     Example:
       >>> import jax.numpy as jnp
@@ -54,7 +59,12 @@ def cholesky_and_inverse(
       >>> lower, inverse = cholesky_and_inverse(jnp.array([[4.0, 2.0], [2.0, 2.0]]))
       >>> lower.tolist(), inverse.tolist()
       ([[2.0, 0.0], [1.0, 1.0]], [[0.5, 0.0], [-0.5, 1.0]])
+
+    References:
+      Golub, Van Loan, Matrix Computations, 4th edition, 2013, 4.2 and 3.2: Cholesky's factors by
+      blocks, and elimination.
     """
+    a = jnp.asarray(a)
     return _Blocks(a, times, implementation).factor_and_inverse(a)
 
 
@@ -73,15 +83,38 @@ def choose(a: jax.Array, implementation: Implementation | None = None) -> Implem
 def problem(a: Any) -> Problem:
     """What decides which implementation is fastest: blocks as large as a kernel can serve."""
     *batch, k, _ = a.shape
-    k = min(k, max(_LARGEST.values()))
+    k = min(k, LARGEST)
     alike = (_NAME, 1, math.prod(batch), k, k, k, True, jnp.dtype(a.dtype).name)
-    return Problem(*alike, meshes.obstacle(a, a, rows=True, sums=True), meshes.is_known(a))
+    return Problem(*alike, _obstacle(a), meshes.is_known(a))
+
+
+def _obstacle(a: jax.Array) -> str:
+    """Why no kernel can serve matrices; empty if one can."""
+    if a.dtype != jnp.float32:
+        return "it takes float32 only"
+    if not a.size:
+        return "there is nothing to do"
+    return meshes.obstacle(a, a, rows=True, sums=True)
+
+
+def _check(a: jax.Array) -> None:
+    shape, dtype = jnp.shape(a), jnp.result_type(a)
+    if dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(f"a must be of float32 or float64, got {dtype}.")
+    if len(shape) < 2 or shape[-1] != shape[-2]:
+        raise ValueError(f"a must be (*batch, k, k), got shape {shape}.")
+    if any(spec_of(a)):
+        raise ValueError(
+            f"a must be whole on every device, got the sharding {jax.typeof(a).sharding.spec}. "
+            "Call it within jax.shard_map, for the matrices that each device has."
+        )
 
 
 class _Blocks:
     """The recursion, which ends where an implementation can serve."""
 
     def __init__(self, a: jax.Array, times: Times, implementation: Implementation | None):
+        _check(a)
         name = choose(a, implementation)
         self._times, self._largest = times, _LARGEST[name]
         self._solve: Callable[..., tuple[jax.Array, jax.Array]] = xla.cholesky_and_inverse
