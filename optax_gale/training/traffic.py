@@ -178,7 +178,7 @@ def _collective(line: str, match: "re.Match[str]", everybody: int, in_branch: bo
 
 def _results(types: str, kind: Kind, *, started: bool) -> str:
     """Of the types that an instruction makes, those of its results: not of operands kept alive."""
-    if not started or kind == "all-reduce" or not types.startswith("("):
+    if not started or not types.startswith("("):
         return types
     parts, depth, begin = [], 0, 1
     for i, letter in enumerate(types):
@@ -188,6 +188,9 @@ def _results(types: str, kind: Kind, *, started: bool) -> str:
             begin = i + 1
             if depth == 0:
                 break
+    # Sums that are started may be several, without their operands, which would be a tuple.
+    if kind == "all-reduce" and not parts[0].startswith("("):
+        return types
     return parts[1] if len(parts) > 1 else types
 
 

@@ -149,6 +149,16 @@ INSTRUCTIONS = {
         "replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add.clone",
         Collective("all-reduce", (48,), 192, 4, 1, False),
     ),
+    "summed while other work goes on, its operand kept": (
+        f"%s = (({f32('2,24')}), {f32('2,24')}) all-reduce-start(%p), channel_id=1, "
+        "replica_groups=mesh['axis_0'=2] {'axis_0'}, to_apply=%add.clone",
+        Collective("all-reduce", (48,), 192, 2, 1, False),
+    ),
+    "several summed while other work goes on, their operands kept": (
+        f"%s = (({f32('2,24')}, bf16[8]{{0}}), ({f32('2,24')}, bf16[8]{{0}})) "
+        "all-reduce-start(%p, %q), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add.clone",
+        Collective("all-reduce", (48, 8), 192 + 16, 8, 1, False),
+    ),
     "several summed together, in half precision": (
         "%s = (bf16[2,24]{1,0:T(8,128)}, bf16[], /*index=2*/f8e4m3fn[3]{0}) all-reduce-start(%p, "
         "%q, /*index=2*/%r), channel_id=2, replica_groups={}, to_apply=%add.clone",
