@@ -214,12 +214,14 @@ def make_train_step(
     if walk.layerwise:
         take = _layerwise(model, tx, loss_chunks, walk)
     else:
-        where = shardings[0] if shardings is not None and walk.mesh is None else None
+        where = None
+        if shardings is not None and walk.mesh is None and _mesh(shardings).size > 1:
+            where = shardings[0]
         take = _whole(model, tx, loss_chunks, walk, where)
     if walk.mesh is not None:
         take = _each_on_its_own(take, walk.mesh)
     elif shardings is not None:
-        take = _on_mesh(take, jax.tree.leaves(shardings)[0].mesh)
+        take = _on_mesh(take, _mesh(shardings))
 
     def train_step(
         state: TrainState, batch: Batch, refresh: bool | None = None
@@ -238,6 +240,11 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(train_step, static_argnames="refresh", donate_argnums=0, out_shardings=shardings)
+
+
+def _mesh(shardings: Any) -> Mesh:
+    mesh: Mesh = jax.tree.leaves(shardings)[0].mesh
+    return mesh
 
 
 # A part of the loss: the sum over a part of the batch, times the batch's ``weight``. The mean over
