@@ -115,8 +115,8 @@ class Layout:
           init: makes the state from weights.
           params: the shapes of the weights.
         """
-        by_types, shared = self._states(init, params)
-        return by_types if self.lets_kernels_serve(init, params) else shared
+        by_types = self.lets_kernels_serve(init, params)
+        return self._state(init, params, None if by_types else self.mesh)
 
     def lets_kernels_serve(self, init: Any, params: Any) -> bool:
         """Whether the state lies where types say, which is what lets kernels serve.
@@ -133,21 +133,19 @@ class Layout:
             if any(getattr(key, "key", None) == "layers" for key in path)
         ]
         state = jax.eval_shape(init, params)
-        by_types, shared = (bytes_on_a_device(state, x) for x in self._states(init, params))
+        by_types, shared = (
+            bytes_on_a_device(state, self._state(init, params, mesh)) for mesh in (None, self.mesh)
+        )
         return by_types - shared <= max(updates, default=0)
 
-    def _states(self, init: Any, params: Any) -> tuple[Any, Any]:
-        """The state's shardings by types alone, and with nothing whole that could be shared."""
+    def _state(self, init: Any, params: Any, mesh: Mesh | None) -> Any:
+        """The state's shardings: with a mesh nothing is whole that its devices could share."""
         plain = jax.eval_shape(optax_gale.dequantize_weights, params)
         tx = optax.GradientTransformation(init, _never)
-        specs = [
-            optax_gale.state_partition_specs(tx, plain, self.weights(plain), mesh)
-            for mesh in (None, self.mesh)
-        ]
-        by_types, shared = jax.tree.map(
+        specs = optax_gale.state_partition_specs(tx, plain, self.weights(plain), mesh)
+        return jax.tree.map(
             functools.partial(NamedSharding, self.mesh), specs, is_leaf=lambda x: isinstance(x, P)
         )
-        return by_types, shared
 
     def unspread(self, params: Any) -> list[str]:
         """Paths of matrices of which an axis cannot be divided as it should be."""

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_gale
@@ -304,33 +304,36 @@ def _where_all_lies(
     `optax_gale.state_partition_specs`.
     """
     apart = getattr(tx, "refreshed", None) is not None
-    weights, state = ([x.spec for x in jax.tree.leaves(tree)] for tree in where[1:])
+    weights = [x.spec for x in jax.tree.leaves(where.params)]
 
     def there(grads: Any, opt_state: Any, params: Any, **extra: Any) -> Any:
+        refresh = extra.get("refresh")
+        if refresh is None or (refresh and not apart):
+            return update(grads, opt_state, params, **extra)
         of_params = jax.tree.unflatten(jax.tree.structure(params), weights)
         by_types = optax_gale.state_partition_specs(tx, params, of_params)
-        told = jax.tree.leaves(by_types, is_leaf=lambda x: isinstance(x, P))
-        by_itself = extra.get("refresh") is None or (extra["refresh"] and not apart)
-        if by_itself or [*map(_axes, told)] != [*map(_axes, state)]:
+        if not _lies(opt_state, where.opt_state, by_types):
             return update(grads, opt_state, params, **extra)
-        if extra["refresh"]:
-            others = {name: x for name, x in extra.items() if name != "refresh"}
-            opt_state = optax_gale.refresh_projectors(tx, grads, opt_state, params, **others)
-            extra["refresh"] = False
+        del extra["refresh"]
+        if refresh:
+            opt_state = optax_gale.refresh_projectors(tx, grads, opt_state, params, **extra)
         run = jax.sharding.explicit_axes(
-            functools.partial(update, **extra), in_sharding=(of_params, by_types, of_params)
+            functools.partial(update, refresh=False, **extra),
+            in_sharding=(of_params, by_types, of_params),
         )
         return run(grads, opt_state, params)
 
     return there
 
 
-def _axes(spec: P) -> tuple[Any, ...]:
-    """The mesh axes of a spec, up to the last that there is."""
-    axes = tuple(spec)
-    while axes and axes[-1] is None:
-        axes = axes[:-1]
-    return axes
+def _lies(tree: Any, where: Any, specs: Any) -> bool:
+    """Whether arrays lie where specs say."""
+    told = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
+    every = zip(jax.tree.leaves(tree), jax.tree.leaves(where), told, strict=True)
+    return all(
+        sharding.is_equivalent_to(NamedSharding(sharding.mesh, spec), x.ndim)
+        for x, sharding, spec in every
+    )
 
 
 def _on_mesh(take: _Take, mesh: Mesh) -> _Take:

@@ -193,6 +193,22 @@ def test_projectors_are_whole_where_kernels_save_more():
         assert tuple(state.inner_state[0].mu["layers"]["gate"].spec) == (None, None, "fsdp")
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"host_refresh": True}, True),
+        ({}, False),
+        ({"host_refresh": True, "layerwise": True}, False),
+    ],
+    ids=str,
+)
+def test_kernels_can_serve_where_the_host_refreshes_whole_models(options, expected):
+    config = TrainConfig(training=TrainingOptions(**options), devices=DeviceOptions(mesh="fsdp=8"))
+    assert train.layout_of(config, {"side": "long"}) == Layout.of(
+        {"data": 1, "fsdp": 8, "tensor": 1}, side="long", kernels=expected
+    )
+
+
 class Compiled:
     """The compiled steps of `WIDE` on a mesh, of a run that the host refreshes."""
 
@@ -323,6 +339,20 @@ def test_kernels_serve_the_parts_of_matrices(mesh, refresh, kernels, parts, comp
     made = compiled(mesh, select=PROJECTED)
     made.step.__wrapped__(refresh)  # compiled anew
     assert served == dict.fromkeys(kernels, parts)
+
+
+@pytest.mark.parametrize("mesh", ["data=1", "data=8"])
+def test_one_device_is_told_nothing(mesh, compiled, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("told")
+
+    made = compiled(mesh, select="query")
+    monkeypatch.setattr(jax.sharding, "explicit_axes", refuse)
+    if mesh == "data=1":
+        made.step.__wrapped__(False)
+        return
+    with pytest.raises(AssertionError, match="told"):
+        made.step.__wrapped__(False)
 
 
 @pytest.mark.parametrize("options", [{"residual": "fira"}, {"moments": "reset"}], ids=str)

@@ -4,6 +4,7 @@ Nearly all of it is matrix products. What is left is the factorisation of blocks
 a kernel: solvers take several launches a block, and small ones at that.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,6 @@ Times = Callable[[jax.Array, jax.Array], jax.Array]
 
 _NAME = "cholesky_and_inverse"
 LARGEST = 128  # that a kernel can serve: one more and it has more entries than a program registers
-_LARGEST = {"xla": xla.LARGEST, "triton": LARGEST}
 
 
 def float32_times(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -98,11 +98,10 @@ def _obstacle(a: jax.Array) -> str:
 
 
 def _check(a: jax.Array) -> None:
-    shape, dtype = jnp.shape(a), jnp.result_type(a)
-    if dtype not in (jnp.float32, jnp.float64):
-        raise TypeError(f"a must be of float32 or float64, got {dtype}.")
-    if len(shape) < 2 or shape[-1] != shape[-2]:
-        raise ValueError(f"a must be (*batch, k, k), got shape {shape}.")
+    if a.dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(f"a must be of float32 or float64, got {a.dtype}.")
+    if a.ndim < 2 or a.shape[-1] != a.shape[-2]:
+        raise ValueError(f"a must be (*batch, k, k), got shape {a.shape}.")
     if any(spec_of(a)):
         raise ValueError(
             f"a must be whole on every device, got the sharding {jax.typeof(a).sharding.spec}. "
@@ -116,11 +115,11 @@ class _Blocks:
     def __init__(self, a: jax.Array, times: Times, implementation: Implementation | None):
         _check(a)
         name = choose(a, implementation)
-        self._times, self._largest = times, _LARGEST[name]
-        self._solve: Callable[..., tuple[jax.Array, jax.Array]] = xla.cholesky_and_inverse
+        backend = dispatch.backend(_NAME, name)
+        self._times, self._largest = times, backend.LARGEST
+        self._solve: Callable[..., tuple[jax.Array, jax.Array]] = backend.cholesky_and_inverse
         if name != "xla":
-            kernel = dispatch.backend(_NAME, name).cholesky_and_inverse
-            self._solve = lambda a: dispatch.run(kernel, xla.cholesky_and_inverse, a)
+            self._solve = functools.partial(dispatch.run, self._solve, xla.cholesky_and_inverse)
 
     def factor(self, a: jax.Array) -> jax.Array:
         if a.shape[-1] <= self._largest:
