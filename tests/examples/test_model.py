@@ -164,6 +164,46 @@ def test_mlp():
     np.testing.assert_allclose(y, np_mlp(x, layer), rtol=1e-4, atol=1e-4)
 
 
+def test_an_unaligned_mlp_computes_with_aligned_rows():
+    width, wide = 45, 48  # multiples of 16 bytes have 4 entries of float32
+    shapes = jax.eval_shape(MLP(32, width).init, jax.random.key(0), jnp.zeros((1, 32)))["params"]
+    rng = np.random.default_rng(2)
+    layer = jax.tree.map(lambda leaf: jnp.float32(rng.normal(size=leaf.shape)), shapes)
+    x = jnp.float32(rng.normal(size=(2, 9, 32)))
+
+    def found(align):
+        def mlp(layer, x):
+            return MLP(32, width, align=align).apply({"params": layer}, x)
+
+        y, back = jax.vjp(mlp, layer, x)
+        assert y.shape == x.shape
+        kept = {leaf.shape for leaf in jax.tree.leaves(back)}
+        return mlp, kept, (y, back(jnp.cos(y)))
+
+    mlp, kept, aligned = found(True)
+    plain, _, unaligned = found(False)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *(aligned, unaligned)
+    )
+    products = str(jax.make_jaxpr(mlp)(layer, x))
+    assert f"2,9,{wide}" in products and f"2,9,{width}" not in products
+    assert f"2,9,{wide}" not in str(jax.make_jaxpr(plain)(layer, x))
+    # The backward pass keeps the kernels as they are: copies of all layers' would be as large.
+    assert {(32, width), (width, 32)} <= kept and not {(32, wide), (wide, 32)} & kept
+
+
+@pytest.mark.parametrize(("tensor", "shared"), [(1, False), (2, True)])
+def test_a_width_that_devices_share_is_not_aligned(tensor, shared):
+    mesh = jax.sharding.AbstractMesh((1, tensor), ("data", "tensor"))
+    stream = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    size = dataclasses.replace(SIZE, intermediate=46)
+    model = Llama(size, stream=stream)
+    params = jax.eval_shape(Llama(size).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    tokens = jax.ShapeDtypeStruct((1, 5), jnp.int32)
+    text = str(jax.make_jaxpr(model.apply)(params, tokens))
+    assert ("1,5,46" in text) == shared and ("1,5,48" in text) != shared
+
+
 # --- the whole ----------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from examples.flax_llama.model.linear import linear
+from examples.flax_llama.model.linear import Linear
 from examples.flax_llama.model.rope import apply_rope
 from examples.flax_llama.sizes import LlamaSize
 
@@ -36,12 +36,12 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         """Makes the four projections."""
-        size = self.size
-        kv_width = size.kv_heads * size.head_dim
-        self.query = linear(size.hidden, self.dtype, self.param_dtype)
-        self.key = linear(kv_width, self.dtype, self.param_dtype)
-        self.value = linear(kv_width, self.dtype, self.param_dtype)
-        self.out = linear(size.hidden, self.dtype, self.param_dtype)
+        hidden, dtypes = self.size.hidden, (self.dtype, self.param_dtype)
+        kv_width = self.size.kv_heads * self.size.head_dim
+        self.query = Linear(hidden, hidden, *dtypes)
+        self.key = Linear(hidden, kv_width, *dtypes)
+        self.value = Linear(hidden, kv_width, *dtypes)
+        self.out = Linear(hidden, hidden, *dtypes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Attends within ``x (B, T, D)``; returns ``(B, T, D)``."""

@@ -37,12 +37,15 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(size.norm_eps, *dtypes)
         self.attention = Attention(size, *dtypes, self.attention_backend)
         self.mlp_norm = RMSNorm(size.norm_eps, *dtypes)
-        self.mlp = MLP(size.hidden, size.intermediate, *dtypes)
+        self.mlp = MLP(size.hidden, size.intermediate, *dtypes, align=not self._shares_width())
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps the residual stream ``x (B, T, D)`` to the next layer's."""
         x = placed(x + self.attention(self.attention_norm(x)), self.stream)
         return placed(x + self.mlp(self.mlp_norm(x)), self.stream)
+
+    def _shares_width(self) -> bool:
+        return self.stream is not None and self.stream.mesh.shape.get("tensor", 1) > 1
 
 
 def placed(x: jax.Array, where: NamedSharding | None) -> jax.Array:

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from examples.flax_llama.model.attention import AttentionBackend
 from examples.flax_llama.model.block import Block, placed
-from examples.flax_llama.model.linear import INIT, linear
+from examples.flax_llama.model.linear import INIT, Linear
 from examples.flax_llama.model.norm import RMSNorm
 from examples.flax_llama.sizes import LlamaSize
 
@@ -99,7 +99,7 @@ class Llama(nn.Module):
         self.layers = Block(*self._of_blocks())
         self.final_norm = RMSNorm(self.size.norm_eps, *dtypes)
         if not self.size.tied:
-            self.lm_head = linear(self.size.vocab_size, *dtypes)
+            self.lm_head = Linear(self.size.hidden, self.size.vocab_size, *dtypes)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps ``tokens (B, T)``, int32, to logits ``(B, T, V)`` of the next token."""

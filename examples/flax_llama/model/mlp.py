@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from examples.flax_llama.model.linear import linear
+from examples.flax_llama.model.linear import Linear, aligned
 
 
 class MLP(nn.Module):
@@ -16,18 +16,23 @@ class MLP(nn.Module):
         intermediate: Width inside, F.
         dtype: Dtype of the products.
         param_dtype: Dtype of the weights.
+        align: Whether to compute with the next width whose rows are aligned, the rest zeros. Where
+            devices share F, that would move weights between them.
     """
 
     hidden: int
     intermediate: int
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+    align: bool = True
 
     def setup(self) -> None:
         """Makes the three matrices."""
-        self.gate = linear(self.intermediate, self.dtype, self.param_dtype)
-        self.up = linear(self.intermediate, self.dtype, self.param_dtype)
-        self.down = linear(self.hidden, self.dtype, self.param_dtype)
+        hidden, inside, dtypes = self.hidden, self.intermediate, (self.dtype, self.param_dtype)
+        width = aligned(inside, self.dtype) if self.align else inside
+        self.gate = Linear(hidden, inside, *dtypes, computed=(hidden, width))
+        self.up = Linear(hidden, inside, *dtypes, computed=(hidden, width))
+        self.down = Linear(inside, hidden, *dtypes, computed=(width, hidden))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``x (..., D)`` to ``(..., D)``."""
