@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import layout
 
 from optax_gale import _sharding
 from optax_gale._averages import AxisName, averaged, checked_axis_name
@@ -439,7 +440,10 @@ def _svd_range(g: jax.Array, rank: int, side: str) -> jax.Array:
     usable = is_finite(g)
     u, _, vh = jnp.linalg.svd(or_identity(g, usable), full_matrices=False)  # Inf hangs LAPACK
     p = u[..., :rank] if side == "left" else jnp.swapaxes(vh[..., :rank, :], -2, -1)
-    return or_identity(p, usable)
+    # Solvers return columns one after another. A loop over layers would take that over for the
+    # projectors of all, and copy them before and after.
+    rows = layout.Layout(major_to_minor=tuple(range(p.ndim)))
+    return layout.with_layout_constraint(or_identity(p, usable), rows)
 
 
 def random_range(key: jax.Array, m: int, rank: int, batch_shape: tuple[int, ...] = ()) -> jax.Array:

@@ -1,5 +1,6 @@
 """Refreshing the projectors, and the moments with them."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from optax_gale.transforms import range_finders, refresh, shardings, storage, tr
 from optax_gale.transforms.matrices import Projection
 from optax_gale.transforms.options import Options
 from optax_gale.transforms.subspace import MatrixLeaf
+
+_TOGETHER = 2**26  # bytes of projectors and moments turned at once, unless one leaf has more
 
 
 def plan(
@@ -104,43 +107,93 @@ def refreshed(
                 place = jnp.arange(p.shape[0]) + (0 if start is None else start)
                 turn = turn & (place >= due) & (place < due + size)
             turns.append(turn)
-        bases, accepted = {}, {}
         found = _find(options, requests)
-        new_projectors = {}
-        for position, request, turn, part, (new, usable) in zip(
-            unit.leaves, requests, turns, parts, found, strict=True
+        new_projectors, accepted = {}, {}
+        for position, turn, part, (new, usable) in zip(
+            unit.leaves, turns, parts, found, strict=True
         ):
-            leaf = where[position]
             if size is not None:
                 turn = shardings.match(turn, usable[(slice(None),) + (0,) * (usable.ndim - 1)])
                 turn = turn.reshape(-1, *(1,) * (usable.ndim - 1))
-            new_projectors[leaf] = storage.quantized_as(part, new)
-            # The moments are turned by what is stored, which is what their gradients met.
-            bases[leaf] = request.previous, storage.value(new_projectors[leaf])
-            accepted[leaf] = usable & turn
-        carried = moments.carried(bases, start)
-        out, values = list(current), list(moments.values)
-        for position in unit.leaves:
-            leaf = where[position]
-            mine = [k for k in carried if moments.leaf(k) == leaf]
-            # A refresh that would not leave finite moments is refused. The test also puts every
-            # reading of the old arrays before their writing, so that they are updated in place;
-            # otherwise compilers copy them, and in every step, refresh or not.
-            taken = accepted[leaf]
-            for k in mine:
-                size_of = jnp.abs(carried[k].astype(jnp.float32))
-                taken &= jnp.isfinite(jnp.sum(size_of, tuple(range(taken.ndim, size_of.ndim))))
-            out[position] = _replaced(current[position], new_projectors[leaf], taken, start)
-            for k in mine:
-                old = moments.values[k]
-                values[k] = _replaced(old, storage.quantized_anew(old, carried[k]), taken, start)
-        return out, values
+            new_projectors[position] = storage.quantized_as(part, new)
+            accepted[position] = usable & turn
+        return _turned(moments, where, current, new_projectors, accepted, start)
 
     new, values = refresh.run(planned, count, asked, keep, refresh_unit, allowed)
     out = list(projectors)
     for i, p in zip(where, new, strict=True):
         out[i] = p
     return out, moments.replaced(values)
+
+
+def _turned(
+    moments: "InnerMoments",
+    where: Sequence[int],
+    projectors: Sequence[Any],
+    new: Mapping[int, Any],
+    accepted: Mapping[int, jax.Array],
+    start: jax.Array | None,
+) -> tuple[list[Any], list[Any]]:
+    """Takes new projectors over, and the moments into their bases.
+
+    Args:
+      moments: the inner's moments.
+      where: the projected leaves' positions among all.
+      projectors: of the projected leaves, as they are stored.
+      new: those that are refreshed, by their positions among the projected leaves.
+      accepted: which of their matrices ``(*batch,)`` are.
+      start: of the slice of a stack that is refreshed, if it is not the whole.
+
+    Returns:
+      The projectors, and the moments.
+    """
+    out, values = list(projectors), list(moments.values)
+    rates = functools.cache(moments.decay_rates)
+    changed = {p: (out[p], *(values[k] for k in moments.of_leaf(where[p]))) for p in new}
+    for number, group in enumerate(_in_groups(changed)):
+        if number:
+            # One group after another: what turning the moments needs, it needs once.
+            new, out, values = jax.lax.optimization_barrier((dict(new), out, values))
+        bases = {}
+        for position in group:
+            old, of_new = out[position], new[position]
+            if start is not None:
+                old = _sliced(old, start, of_new.shape[0])
+            # The moments are turned by what is stored, which is what their gradients met.
+            bases[where[position]] = storage.value(old), storage.value(of_new)
+        carried = moments.carried(bases, start, values, rates)
+        for position in group:
+            mine = [k for k in moments.of_leaf(where[position]) if k in carried]
+            # A refresh that would not leave finite moments is refused. The test also puts every
+            # reading of the old arrays before their writing, so that they are updated in place;
+            # otherwise compilers copy them, and in every step, refresh or not.
+            taken = accepted[position]
+            for k in mine:
+                size_of = jnp.abs(carried[k].astype(jnp.float32))
+                taken &= jnp.isfinite(jnp.sum(size_of, tuple(range(taken.ndim, size_of.ndim))))
+            out[position] = _replaced(out[position], new[position], taken, start)
+            for k in mine:
+                turned = storage.quantized_anew(values[k], carried[k])
+                values[k] = _replaced(values[k], turned, taken, start)
+    return out, values
+
+
+def _in_groups(changed: Mapping[int, tuple[Any, ...]]) -> list[list[int]]:
+    """Leaves that are turned together: many small ones, or a large one.
+
+    Args:
+      changed: what is changed of each.
+    """
+    groups: list[list[int]] = []
+    room = 0
+    for position, arrays in changed.items():
+        needed = sum(map(storage.nbytes, arrays))
+        if not groups or needed > room:
+            groups.append([])
+            room = _TOGETHER
+        groups[-1].append(position)
+        room -= needed
+    return groups
 
 
 def _sliced(tree: Any, start: jax.Array, size: int) -> Any:
@@ -214,23 +267,34 @@ class InnerMoments:
             leaves[moment.index] = put(leaves[moment.index], value)
         return jax.tree.unflatten(self._treedef, leaves)
 
-    def leaf(self, k: int) -> int:
-        """The parameter that a moment belongs to."""
-        return self._found[k].leaf
+    def of_leaf(self, leaf: int) -> list[int]:
+        """The moments of a parameter, by their places among `values`."""
+        return [k for k, moment in enumerate(self._found) if moment.leaf == leaf]
 
-    def carried(self, bases: Mapping[int, Any], start: jax.Array | None) -> dict[int, jax.Array]:
-        """The moments that change, in new bases; with ``start``, of the slice that bases are of."""
-        values = list(self.values)
+    def carried(
+        self,
+        bases: Mapping[int, Any],
+        start: jax.Array | None,
+        values: Sequence[Any],
+        rates: Callable[[], Sequence[jax.Array]],
+    ) -> dict[int, jax.Array]:
+        """The moments that change, in new bases; with ``start``, of the slice that bases are of.
+
+        Args:
+          bases: for every refreshed leaf its old and new projectors.
+          start: where the slice begins, or None.
+          values: of the moments.
+          rates: `decay_rates`.
+        """
+        values = list(values)
         if start is not None:
             for k, moment in enumerate(self._found):
                 if moment.leaf in bases:
                     values[k] = _sliced(values[k], start, bases[moment.leaf][0].shape[0])
         arrays = [storage.value(x) for x in values]
-        return moments_lib.carry(
-            self._option, self._found, arrays, bases, self._decay_rates, self._count
-        )
+        return moments_lib.carry(self._option, self._found, arrays, bases, rates, self._count)
 
-    def _decay_rates(self) -> list[jax.Array]:
+    def decay_rates(self) -> list[jax.Array]:
         """How much of every moment survives a step: the derivative of its update.
 
         By itself, that is: one derivative a kind, since a second moment's update may read the

@@ -12,6 +12,7 @@ import pytest
 
 import optax_gale
 from optax_gale import linalg
+from optax_gale.transforms import projectors
 
 from .reference import Problem, assert_trees_close, fixed_sketch, last, turned
 
@@ -319,6 +320,26 @@ def test_the_branch_that_keeps_copies_nothing(full_compilation, moments, range_f
     keeps = branches or re.search(r"false_computation=%?([\w.\-]+)", conditional)
     copies = [x for x in found[keeps[1]] + found[entry] if re.search(r"= f32\S* copy\(", x)]
     assert not copies
+
+
+@pytest.mark.parametrize("options", [{}, {"refresh_schedule": "staggered", "update_proj_gap": 6}])
+def test_large_leaves_are_turned_one_after_another(monkeypatch, options):
+    """What turning moments needs beside them is then needed once, not for all leaves."""
+    tx = optax_gale.gale_adamw(0.1, RANK, **options)
+    params = {k: jax.random.normal(jax.random.key(len(k)), shape) for k, shape in LEAVES.items()}
+    state = jax.jit(tx.update)(params, tx.init(params), params)[1]
+
+    def refreshed():  # a function of its own: what was traced is found again otherwise
+        update = functools.partial(tx.update, refresh=True)
+        turns = str(jax.make_jaxpr(update)(params, state, params)).count("optimization_barrier")
+        return turns, jax.jit(update)(params, state, params)
+
+    together, wanted = refreshed()
+    monkeypatch.setattr(projectors, "_TOGETHER", 1)
+    one_by_one, found = refreshed()
+    matrices = sum(p is not None for p in jax.tree.leaves(state.projector))
+    assert (together, one_by_one) == (0, matrices - 1)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_no_conditional_where_the_host_chooses(full_compilation):
