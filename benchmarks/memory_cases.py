@@ -72,6 +72,7 @@ SMALLEST = "7b, 8-bit weights, r = 128, 8-bit states, 4-bit projectors, 1 × 256
 THIRTEEN = "13b, r = 256, 8-bit states"
 ADAMW = "7b, AdamW, bf16 states"
 LAYERS_SPEED = "7b, r = 128, layer by layer"
+KEPT_SPEED = "7b, r = 128, layer by layer, activations kept"
 REMAT_SPEED = "7b, r = 128, ordinary, layers recomputed"
 WHOLE_SPEED = "7b, r = 128, ordinary"
 SMALL_MODEL = "60m, float32 states"
@@ -121,6 +122,7 @@ CASES: dict[str, Case] = {
     ),
     # Of steps that do not refresh: the first does, and is not timed.
     LAYERS_SPEED: Case({**_SPEED, **_LAYERS}, 27, needs=24),
+    KEPT_SPEED: Case({**_SPEED, **_LAYERS, "layerwise-activations": "keep"}, 27, needs=60),
     REMAT_SPEED: Case({**_SPEED, "remat": True}, 27, needs=45),
     ADAMW: Case(
         {

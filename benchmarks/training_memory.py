@@ -32,6 +32,7 @@ from benchmarks.memory_cases import (
     BIG,
     BIG_4,
     CASES,
+    KEPT_SPEED,
     LAYERS_SPEED,
     LONG,
     PEAK_STEPS,
@@ -300,6 +301,11 @@ CHECKS = (
         f"{LAYERS_SPEED}: speed",
         "0.95 of the ordinary step's, all kept",
         lambda rows: _faster(rows, LAYERS_SPEED, WHOLE_SPEED),
+    ),
+    Check(
+        f"{KEPT_SPEED}: speed",
+        "0.95 of the ordinary step's, all kept",
+        lambda rows: _faster(rows, KEPT_SPEED, WHOLE_SPEED),
     ),
     Check(
         "60m: validation loss, 8-bit and float32 states",

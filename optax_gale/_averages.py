@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 AxisName = str | tuple[str, ...] | None
 
@@ -10,6 +11,24 @@ AxisName = str | tuple[str, ...] | None
 def averaged(x: Any, axis_name: AxisName) -> Any:
     """A tree of arrays, averaged over mapped axes; as it is if there are none."""
     return x if axis_name is None else jax.lax.pmean(x, axis_name)
+
+
+def averaged_as(tree: Any, like: Any, axis_name: AxisName) -> Any:
+    """A tree of arrays, averaged as those of another one would be.
+
+    What is computed of bfloat16 gradients in float32 is sent in bfloat16, as they would be: half
+    the bytes. float16 has too small a range for a projection.
+    """
+    if axis_name is None:
+        return tree
+    leaves, treedef = jax.tree.flatten(tree)
+
+    def one(x: jax.Array, y: jax.Array) -> jax.Array:
+        dtype = y.dtype if y.dtype == jnp.bfloat16 else x.dtype
+        return jax.lax.pmean(x.astype(dtype), axis_name).astype(x.dtype)
+
+    pairs = zip(leaves, jax.tree.leaves(like), strict=True)
+    return jax.tree.unflatten(treedef, [one(x, y) for x, y in pairs])
 
 
 def varying(x: Any, axis_name: AxisName) -> Any:

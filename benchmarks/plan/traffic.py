@@ -179,7 +179,7 @@ def _averaged_projections(setup: Setup) -> Iterator[Transfer]:
     llama, (data, _, _) = setup.llama, setup.axes
     projected = _projected(setup)
     of_matrices = llama.layers * sum(m.projected(setup.optimizer.rank) for m in projected)
-    size = setup.optimizer.state_bytes * of_matrices
+    size = setup.weight_bytes * of_matrices  # in the gradients' dtype
     yield _plain("projections", "data", summed(size, data))
     table = llama.vocab_size * llama.hidden
     others = llama.hidden * (2 * llama.layers + 1) + table
@@ -196,5 +196,5 @@ def _refresh(setup: Setup) -> float:
     both = 2 * (once + setup.llama.layers * sum(m.projector(rank) for m in _projected(setup)))
     if setup.average:
         # Products of the sketch are in float32, and the projections that they replace are not sent.
-        return summed(4 * both - setup.optimizer.state_bytes * once, data)
+        return summed(4 * both - setup.weight_bytes * once, data)
     return summed(4 * both, fsdp * tensor)

@@ -18,6 +18,7 @@ from examples.flax_llama.sizes import SIZES, LlamaSize, get_size
 
 FloatName = Literal["float32", "bfloat16"]
 ClipName = Literal["hold", "two_pass", "previous"]
+ActivationsName = Literal["recompute", "keep"]
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -194,6 +195,9 @@ class TrainingOptions:
     layerwise_clip: ClipName = "hold"
     """With --layerwise, how the norm to clip by is known in time. hold: gradients wait in the
     subspace; two_pass: another backward pass before; previous: the last step's norm is taken."""
+    layerwise_activations: ActivationsName = "recompute"
+    """With --layerwise, what the backward pass reads of a layer. recompute: its input, from which
+    all else is computed again; keep: all that its derivative needs: more memory, less time."""
     average: Literal["gradients", "projections"] = "gradients"
     """What devices along data average. projections: low-rank optimizers project before they
     average, and send that much less; each device's part of a batch is clipped by itself."""
@@ -213,6 +217,8 @@ class TrainingOptions:
             )
         if self.layerwise_clip != "hold" and not self.layerwise:
             raise UserError("--layerwise-clip is for --layerwise True; add that, or leave it out")
+        if self.layerwise_activations != "recompute" and not self.layerwise:
+            raise UserError("--layerwise-activations is for --layerwise True; see also --remat")
         _within("--warmup-fraction", self.warmup_fraction, 0.0, 1.0)
         _within("--final-lr-fraction", self.final_lr_fraction, 0.0, 1.0)
         if not (math.isfinite(self.clip_norm) and self.clip_norm >= 0):
@@ -396,6 +402,8 @@ class MemoryConfig:
     """With --batch-size: norm to which gradients are clipped; 0: not at all."""
     layerwise_clip: ClipName = TrainingOptions.layerwise_clip
     """With --layerwise: how the norm is known in time."""
+    layerwise_activations: ActivationsName = TrainingOptions.layerwise_activations
+    """With --layerwise: what the backward pass reads of a layer."""
     budget: str | None = None
     """Memory of the device, such as 24GiB or 24GB: tell whether the step fits, and the largest
     batch that does."""
@@ -428,6 +436,7 @@ class MemoryConfig:
             layerwise=self.layerwise,
             clip_norm=self.clip_norm,
             layerwise_clip=self.layerwise_clip,
+            layerwise_activations=self.layerwise_activations,
         )
 
 

@@ -66,6 +66,7 @@ class Walk(NamedTuple):
       clip_norm: global norm to which gradients are clipped in that case; 0: not at all. Otherwise
         the optimizer clips.
       clip: how the norm is known in time; see `optax_gale.layerwise`.
+      activations: what the backward pass reads of a layer in that case; see `optax_gale.layerwise`.
       in_8_bits: whether the layers' matrices are kept in 8 bits.
       seed: of the draws with which those are rounded.
       mesh: of devices each of which computes gradients of its own, which the optimizer averages;
@@ -76,6 +77,7 @@ class Walk(NamedTuple):
     layerwise: bool = False
     clip_norm: float = 0.0
     clip: Literal["hold", "two_pass", "previous"] = "hold"
+    activations: Literal["recompute", "keep"] = "recompute"
     in_8_bits: bool = False
     seed: int = 0
     mesh: Mesh | None = None
@@ -88,6 +90,7 @@ class Walk(NamedTuple):
             training.layerwise,
             training.clip_norm if training.layerwise else 0.0,
             training.layerwise_clip,
+            training.layerwise_activations,
             model.in_8_bits,
             training.seed,
             mesh if training.average == "projections" else None,
@@ -374,6 +377,7 @@ def _layerwise(
         micro_batches=walk.micro_batches,
         clip_norm=walk.clip_norm or None,
         clip=walk.clip,
+        activations=walk.activations,
     ).step
 
     def take(params: Any, opt_state: Any, batch: Batch, extra: dict[str, Any]) -> Any:

@@ -47,7 +47,7 @@ from examples.flax_llama.step import (
 # Options that change at most the rounding of a run's numbers, and those whose effect is in the
 # data's fingerprints: the same data may lie elsewhere.
 _IRRELEVANT = {
-    *("host_refresh", "remat", "loss_chunks", "attention_backend"),
+    *("host_refresh", "remat", "layerwise_activations", "loss_chunks", "attention_backend"),
     *("path", "validation_path", "tokenizer", "cache_dir"),
 }
 

@@ -16,6 +16,7 @@ from optax_gale.transforms.apply import check_transformation
 from optax_gale.transforms.options import check_computing_dtype, check_one_of
 
 Clip = Literal["hold", "two_pass", "previous"]
+Activations = Literal["recompute", "keep"]
 
 
 class LayerwiseState(NamedTuple):
@@ -63,6 +64,7 @@ def layerwise(
     micro_batches: int = 1,
     clip_norm: float | None = None,
     clip: Clip = "hold",
+    activations: Activations = "recompute",
     accumulator_dtype: Any = None,
     implementation: Implementation | None = None,
 ) -> Layerwise:
@@ -72,7 +74,7 @@ def layerwise(
     then its gradient, and with that the optimizer's step of its weights, in place. Of the
     gradient, one layer's and that of the embedding and the head exist at a time (of a large head it
     is used up before the layers'); between layers, the inputs of the layers are kept, one
-    activation of the residual stream each.
+    activation of the residual stream each, or all that their derivatives read.
 
     The result is that of the ordinary step, up to rounding where a compiler orders sums
     differently. Every layer is to the optimizer as a parameter of its own, ``(1, ...)``, so what
@@ -95,6 +97,10 @@ def layerwise(
         another kind holds them whole). ``"two_pass"``: exactly, from a backward pass before the
         one that updates (no memory, about 1.75 times the time of a step). ``"previous"``: the last
         step's norm is taken for this one's (free; not exact, and the first step is not clipped).
+      activations: ``"recompute"``: of the activations only the inputs of the layers are kept until
+        the backward pass, which runs every layer forward once more. ``"keep"``: all that the
+        derivative of ``block`` reads is, but for the weights: as fast as an ordinary step, where
+        there is the memory. A ``block`` under `jax.checkpoint` says what it reads.
       accumulator_dtype: dtype of sums over micro-batches; None for float32.
       implementation: as in `update_and_apply`.
 
@@ -137,6 +143,7 @@ def layerwise(
       <https://arxiv.org/abs/2403.03507>`_, 2024, section 4.3.
     """
     _check(model, tx, micro_batches, clip_norm, clip, accumulator_dtype, implementation)
+    check_one_of("activations", activations, get_args(Activations))
     tx = optax.with_extra_args_support(tx)
     remembers = clip_norm is not None and clip == "previous"
 
@@ -162,7 +169,9 @@ def layerwise(
         if previous is not None:  # one gradient that is not finite does not spoil the next
             previous = jnp.where(jnp.isfinite(previous), previous, 0.0)
         options = {} if refresh is None else {"refresh": refresh}
-        pass_ = Pass(model, tx, params, opt_state, implementation, {**options, **extra_args}, key)
+        extra_args = {**options, **extra_args}
+        recompute = activations == "recompute"
+        pass_ = Pass(model, tx, params, opt_state, implementation, extra_args, key, recompute)
         parts = Parts(batch, micro_batches)
         if micro_batches == 1 and (clip_norm is None or clip != "hold"):
             new, opt_state, *metrics = _at_once(pass_, parts, clip_norm, previous)

@@ -73,6 +73,7 @@ class Pass:
         implementation: Implementation | None,
         extra_args: dict[str, Any],
         key: jax.Array | None,
+        recompute: bool,
     ):
         """Takes parameters and state apart.
 
@@ -90,7 +91,8 @@ class Pass:
         model.split(params)  # raises where there is no stack
         self.parameters = stack.Parameters(params, model.keys)
         self.tx, self.halves = tx, halves_of(tx)
-        self.walk = Walk(model, params, self.parameters, self.halves.axis_name)
+        axis_name = self.halves.axis_name
+        self.walk = Walk(model, params, self.parameters, axis_name, recompute=recompute)
         check_separable(tx, values, state, self.parameters, extra_args)
         self.layout = stack.State(state, self.parameters)
         self.values = values  # of which shapes are read only, where weights are in 8 bits

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from optax_gale._averages import AxisName, varying
 from optax_gale.training import stack, weights
 from optax_gale.training.model import LayeredModel, element
+from optax_gale.training.residuals import Residuals
 from optax_gale.transforms import dataflow, storage
 
 
@@ -17,13 +18,13 @@ class Forward(NamedTuple):
 
     Attributes:
       loss: the loss.
-      inputs: inputs of the layers, ``(L, ...)`` each.
+      kept: of the layers, ``(L, ...)`` each: their inputs, or all that their derivatives read.
       of_rest: gradient of the parameters that are not stacked, through the head.
       dx: gradient of the last layer's output.
     """
 
     loss: jax.Array
-    inputs: Any
+    kept: Any
     of_rest: Any
     dx: Any
 
@@ -37,9 +38,20 @@ class Walk:
         params: Any,
         parameters: stack.Parameters,
         axis_name: AxisName = None,
+        *,
+        recompute: bool = True,
     ):
-        """Takes the parameters apart; along ``axis_name`` gradients are each device's own."""
+        """Takes the parameters apart.
+
+        Args:
+          model: the model.
+          params: its parameters.
+          parameters: where the stacked ones are.
+          axis_name: along which gradients are each device's own.
+          recompute: whether the backward pass computes activations again from a layer's input.
+        """
         self._model, self._parameters, self._axis_name = model, parameters, axis_name
+        self._residuals = None if recompute else Residuals()
         rest, blocks = model.split(params)
         self._rest = varying(weights.dequantize_weights(rest), axis_name)
         self._treedef = jax.tree.structure(blocks, is_leaf=storage.is_stored)
@@ -61,9 +73,15 @@ class Walk:
         self._check(x, stacked, batch)
 
         def layer(x: Any, i: jax.Array) -> tuple[Any, Any]:
-            return self._run(self._values(stacked, i), x, batch, i), x
+            values = self._values(stacked, i)
+            if self._residuals is None:
+                return self._run(values, x, batch, i), x
+            params = self._elements(varying(values, self._axis_name))
+            run = lambda params, x: self._model.block(params, x, batch, i)
+            y, pull_back = jax.vjp(run, params, x)
+            return y, self._residuals.taken(pull_back, (params, batch, i))
 
-        x, inputs = jax.lax.scan(layer, x, jnp.arange(self._parameters.length))
+        x, kept = jax.lax.scan(layer, x, jnp.arange(self._parameters.length))
 
         def head(rest: Any, x: Any) -> jax.Array:
             loss = self._model.head(rest, x, batch)
@@ -77,7 +95,7 @@ class Walk:
             return loss
 
         loss, (of_rest, dx) = jax.value_and_grad(head, argnums=(0, 1))(self._rest, x)
-        return Forward(loss, inputs, of_rest, dx)
+        return Forward(loss, kept, of_rest, dx)
 
     def read_by_embed(self, batch: Any) -> list[bool]:
         """For every leaf that is not stacked, whether ``embed`` depends on it.
@@ -117,27 +135,39 @@ class Walk:
 
         def layer(state: tuple[Any, Any], given: tuple[jax.Array, Any]) -> tuple[Any, None]:
             carried, dx = state
-            i, x = given
+            i, kept = given
             slices = carried.stacks.of_layer(i)
-            run = lambda leaves, x: self._run(leaves, x, batch, i)
             leaves = varying(weights.dequantize_weights(stacked_of(slices)), self._axis_name)
-            _, pull_back = jax.vjp(run, leaves, x)
-            grads, dx = pull_back(dx)
+            grads, dx = self._pulled_back(leaves, kept, batch, i, dx)
             return (visit(carried, i, slices, grads), dx), None
 
-        steps = (jnp.arange(self._parameters.length), forward.inputs)
+        steps = (jnp.arange(self._parameters.length), forward.kept)
         (carried, dx), _ = jax.lax.scan(layer, (carried, forward.dx), steps, reverse=True)
         _, pull_back = jax.vjp(lambda rest: self._model.embed(rest, batch), self._rest)
         of_rest = jax.tree.map(jnp.add, forward.of_rest, pull_back(dx)[0])
         return carried, self._parameters.others_by_path(of_rest)
+
+    def _pulled_back(
+        self, leaves: list[Any], kept: Any, batch: Any, i: jax.Array, dx: Any
+    ) -> tuple[list[Any], Any]:
+        """Gradients of a layer's leaves and of its input, from that of its output."""
+        if self._residuals is None:
+            run = lambda leaves, x: self._run(leaves, x, batch, i)
+            return jax.vjp(run, leaves, kept)[1](dx)
+        params, as_leaves = jax.vjp(self._elements, leaves)
+        grads, dx = self._residuals.pull_back(kept, (params, batch, i))(dx)
+        return as_leaves(grads)[0], dx
 
     def _values(self, stacked: Sequence[Any], i: jax.Array) -> Any:
         return weights.dequantize_weights(stack.take(stacked, i))
 
     def _run(self, leaves: Sequence[Any], x: Any, batch: Any, i: jax.Array) -> Any:
         """One layer, from slices of the stacked leaves."""
-        params = jax.tree.unflatten(self._treedef, [element(leaf) for leaf in leaves])
-        return self._model.block(params, x, batch, i)
+        return self._model.block(self._elements(leaves), x, batch, i)
+
+    def _elements(self, leaves: Sequence[Any]) -> Any:
+        """The parameters of one layer."""
+        return jax.tree.unflatten(self._treedef, [element(leaf) for leaf in leaves])
 
     def _check(self, x: Any, stacked: Sequence[Any], batch: Any) -> None:
         wrong = [a.dtype for a in jax.tree.leaves(x) if not jnp.issubdtype(a.dtype, jnp.floating)]

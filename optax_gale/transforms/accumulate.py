@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_gale._averages import averaged
+from optax_gale._averages import averaged_as
 from optax_gale.transforms import inner as inner_lib
 from optax_gale.transforms import trees
 from optax_gale.transforms.apply import (
@@ -119,7 +119,7 @@ def accumulate(
             **extra_args,
         )
         # The sums wait in the state, which is that of all devices.
-        projected = averaged(projected, halves.axis_name)
+        projected = averaged_as(projected, grads, halves.axis_name)
         sums = jax.tree.map(lambda s, x: s + x.astype(s.dtype), state.projected, projected)
         mean = jax.tree.map(lambda s, x: (s / k).astype(x.dtype), sums, projected)
         waiting = AccumulateState(

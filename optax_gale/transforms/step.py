@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_gale import pallas
-from optax_gale._averages import averaged
+from optax_gale._averages import averaged_as
 from optax_gale._products import operand, operand_dtype
 from optax_gale.transforms import inner as inner_lib
 from optax_gale.transforms import projectors as projectors_lib
@@ -133,7 +133,7 @@ class Step:
 
     def _seen(self) -> Any:
         """What the inner sees: projections, averaged over mapped axes."""
-        return averaged(self.project(), self.options.axis_name)
+        return averaged_as(self.project(), self.updates, self.options.axis_name)
 
     def _project_leaf(self, i: int) -> Any:
         """What the inner sees of a gradient."""

@@ -57,7 +57,10 @@ def assert_same(got, wanted, keys=("loss", "grad_norm")):
 @pytest.mark.quick("untied")
 def test_layer_by_layer(size):
     tx = optax.sgd(0.1)
-    assert_same(train(tx, Walk(layerwise=True), size, chunks=2), train(tx, size=size))
+    wanted = train(tx, size=size)
+    for activations in ("recompute", "keep"):
+        walk = Walk(layerwise=True, activations=activations)
+        assert_same(train(tx, walk, size, chunks=2), wanted)
 
 
 @pytest.mark.parametrize("walk", [Walk(4), Walk(4, layerwise=True)], ids=["whole", "layerwise"])
@@ -73,6 +76,8 @@ def test_the_options_arrive():
     )
     walk = Walk.of(training, ModelOptions())
     assert walk == Walk(1, True, 0.3, "previous")
+    keeping = dataclasses.replace(training, layerwise_activations="keep")
+    assert Walk.of(keeping, ModelOptions()) == walk._replace(activations="keep")
     settings = optimizers.resolve("sgd", OptimizerOptions(), conftest.NANO, 4)
     tx = optimizers.build("sgd", settings, training)
     state, history = train(tx, walk)
@@ -101,6 +106,7 @@ def test_pieces_have_the_loss_of_the_whole():
             "--param-dtype int8 reads weights layer by layer: add --layerwise",
         ),
         ({"layerwise_clip": "previous"}, "--layerwise-clip is for --layerwise True"),
+        ({"layerwise_activations": "keep"}, "--layerwise-activations is for --layerwise True"),
         (
             {"layerwise": True, "optimizer": "gale_adamw", "rank": 4, "residual": "fira"},
             "residual='fira' needs the gradient itself",

@@ -194,7 +194,8 @@ def test_an_unaligned_mlp_computes_with_aligned_rows():
 
 @pytest.mark.parametrize(("tensor", "shared"), [(1, False), (2, True)])
 def test_a_width_that_devices_share_is_not_aligned(tensor, shared):
-    mesh = jax.sharding.AbstractMesh((1, tensor), ("data", "tensor"))
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.sharding.AbstractMesh((1, tensor), ("data", "tensor"), axis_types=auto)
     stream = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     size = dataclasses.replace(SIZE, intermediate=46)
     model = Llama(size, stream=stream)

@@ -1,6 +1,7 @@
 """Gradients that differ between devices: projected where they are, averaged in the subspace."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -189,6 +190,24 @@ def test_little_is_sent():
     assert total / whole <= 2.1 * RANK / min(M, N)
     total, largest = reduced(adamw(axis_name="data"), refresh=True)
     assert largest == part and total == 2 * RANK * (M + N)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sent"),
+    [("bfloat16", "bfloat16"), ("float32", "float32"), ("float16", "float32")],
+)
+@pytest.mark.parametrize("several", [False, True], ids=["one batch", "accumulated"])
+def test_bfloat16_gradients_projections_are_sent_in_bfloat16(dtype, sent, several):
+    """A projection of float16 may be larger than its range."""
+    tx = adamw(axis_name="data", state_dtype="float32")
+    tx = optax_gale.accumulate(tx, 2) if several else tx
+    step = lambda w, s, g: tx.update(jax.tree.map(lambda x: x[0], g), s, w, refresh=False)
+    mapped = jax.shard_map(step, mesh=mesh(), in_specs=(P(), P(), P("data")), out_specs=P())
+    weights, grads = params(dtype), gradients(0, dtype)
+    text = str(jax.make_jaxpr(mapped)(weights, tx.init(weights), grads))
+    sums = re.findall(r":(\w+)\[([\d,]*)\][^\n]* = psum", text)
+    short = {"bfloat16": "bf16", "float32": "f32"}[sent]
+    assert sorted(sums) == sorted([(short, f"{RANK},{N}"), (short, f"{N}")])
 
 
 def test_what_one_device_cannot_use_nobody_uses():
