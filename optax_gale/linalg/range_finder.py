@@ -440,10 +440,13 @@ def _svd_range(g: jax.Array, rank: int, side: str) -> jax.Array:
     usable = is_finite(g)
     u, _, vh = jnp.linalg.svd(or_identity(g, usable), full_matrices=False)  # Inf hangs LAPACK
     p = u[..., :rank] if side == "left" else jnp.swapaxes(vh[..., :rank, :], -2, -1)
+    p = or_identity(p, usable)
+    if jax.default_backend() != "gpu":
+        return p
     # Solvers return columns one after another. A loop over layers would take that over for the
-    # projectors of all, and copy them before and after.
+    # projectors of all, and copy them before and after. (`jax.export` refuses the constraint.)
     rows = layout.Layout(major_to_minor=tuple(range(p.ndim)))
-    return layout.with_layout_constraint(or_identity(p, usable), rows)
+    return layout.with_layout_constraint(p, rows)
 
 
 def random_range(key: jax.Array, m: int, rank: int, batch_shape: tuple[int, ...] = ()) -> jax.Array:

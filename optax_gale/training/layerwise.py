@@ -70,11 +70,11 @@ def layerwise(
 ) -> Layerwise:
     r"""Builds a training step in which the full gradient never exists.
 
-    The layers are walked backwards. For each, its activations are computed again from its input,
-    then its gradient, and with that the optimizer's step of its weights, in place. Of the
-    gradient, one layer's and that of the embedding and the head exist at a time (of a large head it
-    is used up before the layers'); between layers, the inputs of the layers are kept, one
-    activation of the residual stream each, or all that their derivatives read.
+    The layers are walked backwards. For each, its activations are computed again from its input (or
+    were kept), then its gradient, and with that the optimizer's step of its weights, in place. Of
+    the gradient, one layer's and that of the embedding and the head exist at a time (of a large
+    head it is used up before the layers'); between layers, the inputs of the layers are kept, one
+    activation of the residual stream each.
 
     The result is that of the ordinary step, up to rounding where a compiler orders sums
     differently. Every layer is to the optimizer as a parameter of its own, ``(1, ...)``, so what
@@ -99,8 +99,9 @@ def layerwise(
         step's norm is taken for this one's (free; not exact, and the first step is not clipped).
       activations: ``"recompute"``: of the activations only the inputs of the layers are kept until
         the backward pass, which runs every layer forward once more. ``"keep"``: all that the
-        derivative of ``block`` reads is, but for the weights: as fast as an ordinary step, where
-        there is the memory. A ``block`` under `jax.checkpoint` says what it reads.
+        derivative of ``block`` reads is, and nothing is computed again. Weights are not kept, but
+        what a block makes of them alone is (casts, transposes, a branch's), as are arrays that it
+        makes of nothing. A ``block`` under `jax.checkpoint` says what it reads.
       accumulator_dtype: dtype of sums over micro-batches; None for float32.
       implementation: as in `update_and_apply`.
 
@@ -274,7 +275,7 @@ def _summed(
 
     if parts.count == 1:
         held, state, loss, norm = add(0, pass_.zeros(), refresh=True)
-        params, new = pass_.step(held, _factor(clip_norm, norm), state)
+        params, new = pass_.step(held, _factor(clip_norm, norm), state, several=False)
         return params, new, loss, norm
 
     def add_clipped(i: Any, sums: Sums, *, refresh: bool) -> tuple[Sums, Any, jax.Array, jax.Array]:
@@ -294,7 +295,7 @@ def _summed(
     sums, state, loss, norm = add_clipped(0, pass_.zero_sums(accumulator_dtype), refresh=True)
     pass_.parts = state
     (sums, loss, norm), _ = jax.lax.scan(more, (sums, loss, norm), jnp.arange(1, parts.count))
-    params, new = pass_.step(sums, 1 / parts.count, state)
+    params, new = pass_.step(sums, 1 / parts.count, state, several=True)
     return params, new, loss / parts.count, norm / parts.count
 
 

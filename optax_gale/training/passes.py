@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_gale._averages import averaged, varying
+from optax_gale._averages import averaged, averaged_as, varying
 from optax_gale.pallas import Implementation
 from optax_gale.training import rows, stack, weights
 from optax_gale.training.model import LayeredModel
@@ -272,15 +272,22 @@ class Pass:
         return Sums(carried.stacks.sums, _added(sums.others, projected)), parts, norm
 
     def step(
-        self, sums: Sums, factor: jax.Array | float, parts: dict[str, list[Any]]
+        self, sums: Sums, factor: jax.Array | float, parts: dict[str, list[Any]], *, several: bool
     ) -> tuple[Any, Any]:
         """Every layer takes its step for sums times a factor.
+
+        Args:
+          sums: gradients as the inner sees them, added up.
+          factor: what they are multiplied by.
+          parts: of the state.
+          several: whether they are of several micro-batches, and so more precise than gradients.
 
         Returns:
           The new parameters and the new state.
         """
         seen = self.zeros()  # for its dtypes
-        sums = self.averaged(sums)
+        weights_like = Sums(*map(weights.dequantize_weights, (self.stacked, self.others)))
+        sums = averaged_as(sums, sums if several else weights_like, self.halves.axis_name)
         self.parts = parts
         extra_args = {k: v for k, v in self._extra_args.items() if k != "refresh"}
 

@@ -18,12 +18,13 @@ class Residuals:
         self._treedef: Any = None
         self._places: list[tuple[str, Any]] = []
 
-    def taken(self, pull_back: Any, known: Any) -> list[jax.Array]:
+    def taken(self, pull_back: Any, known: Any, layer: jax.Array) -> list[jax.Array]:
         """The arrays to be kept, of what a pull-back holds.
 
         Args:
           pull_back: of `jax.vjp`.
           known: a tree of arrays that will be there without being kept.
+          layer: the layer's number, which differs between layers.
         """
         leaves, self._treedef = jax.tree.flatten(pull_back)
         numbers = {id(x): number for number, x in enumerate(jax.tree.leaves(known))}
@@ -32,10 +33,10 @@ class Residuals:
         for x in leaves:
             if id(x) in numbers:
                 self._places.append(("known", numbers[id(x)]))
-            elif isinstance(x, jax.core.Tracer):
+            elif _trace(x) is _trace(layer):
                 kept.setdefault(id(x), x)
                 self._places.append(("kept", [*kept].index(id(x))))
-            else:  # the same for all layers
+            else:  # made outside of the loop over layers: the same for all
                 self._places.append(("constant", x))
         return [*kept.values()]
 
@@ -44,3 +45,8 @@ class Residuals:
         given = {"kept": kept, "known": jax.tree.leaves(known)}
         leaves = [x if kind == "constant" else given[kind][x] for kind, x in self._places]
         return jax.tree.unflatten(self._treedef, leaves)
+
+
+def _trace(x: Any) -> Any:
+    """What traces a value; None of one that is there, as all are under `jax.disable_jit`."""
+    return getattr(x, "_trace", None)

@@ -79,7 +79,7 @@ class Walk:
             params = self._elements(varying(values, self._axis_name))
             run = lambda params, x: self._model.block(params, x, batch, i)
             y, pull_back = jax.vjp(run, params, x)
-            return y, self._residuals.taken(pull_back, (params, batch, i))
+            return y, self._residuals.taken(pull_back, (params, batch, i), i)
 
         x, kept = jax.lax.scan(layer, x, jnp.arange(self._parameters.length))
 

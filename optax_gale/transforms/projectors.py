@@ -153,7 +153,7 @@ def _turned(
     for number, group in enumerate(_in_groups(changed)):
         if number:
             # One group after another: what turning the moments needs, it needs once.
-            new, out, values = jax.lax.optimization_barrier((dict(new), out, values))
+            new, out, values = _all_there((dict(new), out, values))
         bases = {}
         for position in group:
             old, of_new = out[position], new[position]
@@ -176,6 +176,20 @@ def _turned(
                 turned = storage.quantized_anew(values[k], carried[k])
                 values[k] = _replaced(values[k], turned, taken, start)
     return out, values
+
+
+def _all_there(tree: Any) -> Any:
+    """Arrays of which each is there before anything is computed of any."""
+    leaves, treedef = jax.tree.flatten(tree)
+    # To JAX 0.10, all that comes out of a barrier varies over devices if anything in it does.
+    alike: dict[Any, list[int]] = {}
+    for i, x in enumerate(leaves):
+        alike.setdefault(getattr(jax.typeof(x), "manual_axis_type", None), []).append(i)
+    for places in alike.values():
+        through = jax.lax.optimization_barrier([leaves[i] for i in places])
+        for i, x in zip(places, through, strict=True):
+            leaves[i] = x
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def _in_groups(changed: Mapping[int, tuple[Any, ...]]) -> list[list[int]]:
@@ -291,7 +305,10 @@ class InnerMoments:
             for k, moment in enumerate(self._found):
                 if moment.leaf in bases:
                     values[k] = _sliced(values[k], start, bases[moment.leaf][0].shape[0])
-        arrays = [storage.value(x) for x in values]
+        arrays = [
+            storage.value(x) if moment.leaf in bases else x
+            for x, moment in zip(values, self._found, strict=True)
+        ]
         return moments_lib.carry(self._option, self._found, arrays, bases, rates, self._count)
 
     def decay_rates(self) -> list[jax.Array]:

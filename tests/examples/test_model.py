@@ -192,10 +192,12 @@ def test_an_unaligned_mlp_computes_with_aligned_rows():
     assert {(32, width), (width, 32)} <= kept and not {(32, wide), (wide, 32)} & kept
 
 
-@pytest.mark.parametrize(("tensor", "shared"), [(1, False), (2, True)])
-def test_a_width_that_devices_share_is_not_aligned(tensor, shared):
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.sharding.AbstractMesh((1, tensor), ("data", "tensor"), axis_types=auto)
+@pytest.mark.parametrize(
+    ("fsdp", "tensor", "shared"), [(1, 1, False), (1, 2, True), (2, 1, True), (3, 4, False)]
+)
+def test_a_width_that_devices_share_is_not_aligned(fsdp, tensor, shared):
+    axes, auto = ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.sharding.AbstractMesh((1, fsdp, tensor), axes, axis_types=auto)
     stream = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     size = dataclasses.replace(SIZE, intermediate=46)
     model = Llama(size, stream=stream)

@@ -187,6 +187,19 @@ def test_svd_range_is_the_svd(dtype):
     np.testing.assert_array_equal(svd_range(g, 3, "right"), jnp.swapaxes(vh[..., :3, :], -1, -2))
 
 
+def test_singular_vectors_lie_row_by_row_on_gpus(monkeypatch):
+    """Solvers return columns; a loop over layers would copy the projectors of all."""
+    g = jnp.ones((2, 6, 4))
+    constrains = lambda: "LayoutConstraint" in jax.jit(lambda g: svd_range(g, 3)).lower(g).as_text()
+    assert not constrains()  # which `jax.export` would refuse
+    jax.export.export(jax.jit(lambda g: svd_range(g, 3)))(g)
+    jax.clear_caches()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert constrains()
+    monkeypatch.undo()
+    jax.clear_caches()
+
+
 def test_svd_range_of_a_bad_matrix_is_the_identity():
     g = G[:2, :20, :12].at[0, 0, 0].set(jnp.inf)
     p = svd_range(g, 3)

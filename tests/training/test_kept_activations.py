@@ -116,6 +116,37 @@ def test_nothing_is_kept_twice():
     assert kept(remembering, params, {"x": jnp.ones((2, 3))}) == [(2, 8)]
 
 
+def masking(mask):
+    return optax_gale.LayeredModel(
+        embed=lambda rest, batch: batch["x"] @ rest["embed"],
+        block=lambda p, x, batch, layer: x + jnp.sin(x * mask) @ p["w"],
+        head=lambda rest, x, batch: jnp.mean(x**2),
+    )
+
+
+def test_what_all_layers_share_is_not_kept_for_each():
+    """An array of the training step that the block closes over."""
+    params = {"embed": jnp.ones((3, 8)), "layers": {"w": jnp.ones((LAYERS, 8, 8))}}
+    batch, shapes = {"x": jnp.ones((2, 3))}, []
+
+    def step(params, mask):
+        train = keeping(optax.sgd(0.1), masking(mask))
+        return train.step(params, train.init(params), batch)[0]
+
+    def kept_with(mask):
+        shapes.append(kept(masking(mask), params, batch))
+        return step(params, mask)
+
+    mask = jnp.arange(16.0).reshape(2, 8) / 16
+    found = jax.jit(kept_with)(mask)
+    assert shapes == [[(2, 8)] * 2]  # cos and sin
+    grads = jax.grad(masking(mask).loss)(params, batch)
+    wanted = jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5)
+    with jax.disable_jit():
+        chex.assert_trees_all_close(step(params, mask), wanted, rtol=1e-5)
+
+
 def test_a_layer_runs_forward_once():
     calls = {}
 

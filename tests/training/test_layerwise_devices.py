@@ -1,9 +1,11 @@
 """Updates in the backward pass where devices have parts of the batch, and averages are small."""
 
 import functools
+import re
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -103,3 +105,21 @@ def test_whole_gradients_of_layers_are_not_sent():
     assert sizes[-1] == VOCABULARY * WIDTH
     assert [size for size in sizes if size not in (VOCABULARY * WIDTH, 1)][-1] <= 4 * 24
     assert LAYERS > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [({}, "bf16"), ({"clip_norm": 1.0}, "bf16"), ({"micro_batches": 2}, "f32")],
+    ids=["at once", "held", "summed"],
+)
+def test_projections_of_bfloat16_gradients_are_sent_in_bfloat16(options, dtype):
+    """Sums of several are more precise than a gradient, and sent so."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_params())
+    tx = optimizer("random", axis_name="data", state_dtype="float32")
+    train = optax_gale.layerwise(MODEL, tx, **options)
+    mesh = Mesh(jax.devices()[:DEVICES], ("data",))
+    specs = {"in_specs": (P(), P(), P("data")), "out_specs": P()}
+    step = jax.shard_map(functools.partial(train.step, refresh=False), mesh=mesh, **specs)
+    text = str(jax.make_jaxpr(step)(params, train.init(params), make_batch(0, SEQUENCES)))
+    sent = set(re.findall(r":(\w+)\[[\d,]+\][^\n]* = psum", text))
+    assert sent == {dtype}

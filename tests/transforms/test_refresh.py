@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import optax_gale
 from optax_gale import linalg
@@ -340,6 +341,27 @@ def test_large_leaves_are_turned_one_after_another(monkeypatch, options):
     matrices = sum(p is not None for p in jax.tree.leaves(state.projector))
     assert (together, one_by_one) == (0, matrices - 1)
     chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("refresh", [None, True])
+def test_what_is_the_same_on_all_devices_stays_so(monkeypatch, refresh):
+    """Beside a leaf that devices share along a mapped axis, one that they do not."""
+    monkeypatch.setattr(projectors, "_TOGETHER", 1)
+    tx = optax_gale.gale_adamw(0.1, RANK, range_finder="svd")
+    shapes = {"a": (4, 8, 6), "b": (6, 8), "c": (2, 6, 5)}
+    params = {k: jax.random.normal(jax.random.key(len(x)), x) for k, x in shapes.items()}
+    specs = {"a": P("x"), "b": P(), "c": P("x")}
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    state = tx.init(params)
+    of_state = optax_gale.state_partition_specs(tx, params, specs)
+    step = jax.shard_map(
+        lambda p, s: tx.update(p, s, p, refresh=refresh),
+        mesh=mesh,
+        in_specs=(specs, of_state),
+        out_specs=(specs, of_state),
+    )
+    found = jax.jit(step)(params, state)
+    chex.assert_trees_all_close(found, jax.jit(tx.update)(params, state, params), rtol=1e-4)
 
 
 def test_no_conditional_where_the_host_chooses(full_compilation):

@@ -45,7 +45,11 @@ class Block(nn.Module):
         return placed(x + self.mlp(self.mlp_norm(x)), self.stream)
 
     def _shares_width(self) -> bool:
-        return self.stream is not None and self.stream.mesh.shape.get("tensor", 1) > 1
+        """Whether devices may have parts of the MLP's width each."""
+        if self.stream is None:
+            return False
+        sizes = [self.stream.mesh.shape.get(axis, 1) for axis in ("fsdp", "tensor")]
+        return any(n > 1 and self.size.intermediate % n == 0 for n in sizes)
 
 
 def placed(x: jax.Array, where: NamedSharding | None) -> jax.Array:
