@@ -8,6 +8,7 @@ one device, under Auto axes, or inside ``vmap`` and ``shard_map``.
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -58,11 +59,26 @@ def undivided(x: jax.Array, axis: int) -> jax.Array:
     Of a product over a spread dimension it would add up parts of the size of the result. It can be
     told where the mesh is known: under `jax.set_mesh`, or `jax.sharding.use_abstract_mesh`.
     """
+    return _told(x, axis)
+
+
+def divided_once(x: jax.Array) -> jax.Array:
+    """Returns ``x`` spread over Auto axes as its readers want it, before any of them reads it.
+
+    A sum over devices of which each reads a part is scattered then: compilers see that where one
+    slice of it is taken, and not where every reader takes its own.
+    """
+    return _told(x)
+
+
+def _told(x: jax.Array, *whole: int) -> jax.Array:
+    """Leaves all to the compiler but some dimensions, which are not to be spread."""
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Auto not in mesh.axis_types or AxisType.Explicit in mesh.axis_types:
         return x
-    spec = [PartitionSpec.UNCONSTRAINED] * x.ndim
-    spec[axis] = None  # type: ignore[call-overload]
+    spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
+    for axis in whole:
+        spec[axis] = None
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 

@@ -23,7 +23,7 @@ def keeping(tx, model=MODEL, **options):
 
 
 @pytest.mark.parametrize("name", ["sketch", "8 bits", "fira", "muon", "partition", "kahan"])
-@pytest.mark.quick("sketch", "8 bits")
+@pytest.mark.quick("sketch")
 def test_is_the_ordinary_step(name):
     tx, params = OPTIMIZERS[name](), make_params()
     train = keeping(tx)

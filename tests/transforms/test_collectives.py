@@ -1,6 +1,7 @@
 """On sharded weights, nothing of a weight's size travels between devices."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_gale
+from optax_gale import _sharding
 
 LAYERS, SHORT, LONG, RANK = 4, 64, 160, 8
 
@@ -79,6 +81,27 @@ def test_where_the_projected_side_is_whole_nothing_is_sent_between_refreshes():
     for layout in ("FSDP, the longer side", "tensor", "stacked, FSDP over layers"):
         spec, shape = LAYOUTS[layout]
         assert not traffic(OPTIMIZERS["adamw"], spec, shape, "Auto", False).collectives
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_of_a_shared_projection_each_device_reads_its_part_only(told):
+    """One slice of a sum makes it a scattered one on GPUs; a slice for every reader does not."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    where = NamedSharding(mesh, P("data"))
+    place = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+
+    def step(p, g, mu, nu):
+        r = _sharding.undivided(jnp.einsum("dr,dn->rn", p, g), 0)
+        if told:
+            r = _sharding.divided_once(r)
+        return 0.9 * mu + 0.1 * r, 0.99 * nu + 0.01 * r**2
+
+    with jax.set_mesh(mesh):
+        step = jax.jit(step, out_shardings=(where, where))
+        moment = place(RANK, LONG)
+        program = step.lower(place(SHORT, RANK), place(SHORT, LONG), moment, moment).compile()
+    whole = re.findall(rf"= f32\[{RANK},{LONG}\]\S* multiply", program.as_text())
+    assert bool(whole) != told
 
 
 def test_the_check_can_fail():

@@ -323,7 +323,12 @@ def test_the_branch_that_keeps_copies_nothing(full_compilation, moments, range_f
     assert not copies
 
 
-@pytest.mark.parametrize("options", [{}, {"refresh_schedule": "staggered", "update_proj_gap": 6}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"refresh_schedule": "staggered", "update_proj_gap": 6}],
+    ids=["together", "staggered"],
+)
+@pytest.mark.quick("together")
 def test_large_leaves_are_turned_one_after_another(monkeypatch, options):
     """What turning moments needs beside them is then needed once, not for all leaves."""
     tx = optax_gale.gale_adamw(0.1, RANK, **options)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from optax_gale._products import einsum, operand, working_dtype
-from optax_gale._sharding import undivided
+from optax_gale._sharding import divided_once, undivided
 from optax_gale.pallas.dispatch import one_for_each
 from optax_gale.pallas.elementwise import Elementwise
 
@@ -40,5 +40,5 @@ def project(g: jax.Array, p: jax.Array, *, rows: bool) -> jax.Array:
         # As CPUs do by themselves, only that jaxlib 0.10 fails on some products of one matrix.
         g, p = g.astype(working_dtype(g)), p.astype(working_dtype(g))
     if rows:
-        return undivided(einsum("...dr,...dn->...rn", p, g), -2)
-    return undivided(einsum("...md,...dr->...mr", g, p), -1)
+        return divided_once(undivided(einsum("...dr,...dn->...rn", p, g), -2))
+    return divided_once(undivided(einsum("...md,...dr->...mr", g, p), -1))
