@@ -49,6 +49,20 @@ def varying(x: Any, axis_name: AxisName) -> Any:
     return jax.tree.map(cast, x)
 
 
+def all_there(tree: Any) -> Any:
+    """Arrays of which each is there before anything is computed of any."""
+    leaves, treedef = jax.tree.flatten(tree)
+    # To JAX 0.10, all that comes out of a barrier varies over devices if anything in it does.
+    alike: dict[Any, list[int]] = {}
+    for i, x in enumerate(leaves):
+        alike.setdefault(getattr(jax.typeof(x), "manual_axis_type", None), []).append(i)
+    for places in alike.values():
+        through = jax.lax.optimization_barrier([leaves[i] for i in places])
+        for i, x in zip(places, through, strict=True):
+            leaves[i] = x
+    return jax.tree.unflatten(treedef, leaves)
+
+
 def checked_axis_name(axis_name: Any) -> AxisName:
     """An axis name, or a tuple of them, or None.
 

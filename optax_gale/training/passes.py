@@ -34,10 +34,8 @@ class Stacks(NamedTuple):
 
     def of_layer(self, layer: jax.Array) -> "Stacks":
         """A layer's slices."""
-        # Sums are a device's own, and would make all that is read with them so.
-        params, state = stack.take_all_first((self.params, self.state), layer)
-        sums = stack.take_all_first(self.sums, layer)
-        return self._replace(params=params, state=state, sums=sums)
+        taken: Stacks = stack.take_all_first(self, layer)
+        return taken
 
 
 class Carried(NamedTuple):
@@ -286,8 +284,8 @@ class Pass:
           The new parameters and the new state.
         """
         seen = self.zeros()  # for its dtypes
-        weights_like = Sums(*map(weights.dequantize_weights, (self.stacked, self.others)))
-        sums = averaged_as(sums, sums if several else weights_like, self.halves.axis_name)
+        gradients = Sums(*map(weights.dequantize_weights, (self.stacked, self.others)))
+        sums = averaged_as(sums, sums if several else gradients, self.halves.axis_name)
         self.parts = parts
         extra_args = {k: v for k, v in self._extra_args.items() if k != "refresh"}
 

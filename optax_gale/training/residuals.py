@@ -29,16 +29,19 @@ class Residuals:
         leaves, self._treedef = jax.tree.flatten(pull_back)
         numbers = {id(x): number for number, x in enumerate(jax.tree.leaves(known))}
         self._places = []
-        kept: dict[int, jax.Array] = {}
+        kept: list[jax.Array] = []
+        of_kept: dict[int, int] = {}
         for x in leaves:
             if id(x) in numbers:
                 self._places.append(("known", numbers[id(x)]))
             elif _trace(x) is _trace(layer):
-                kept.setdefault(id(x), x)
-                self._places.append(("kept", [*kept].index(id(x))))
+                if id(x) not in of_kept:
+                    of_kept[id(x)] = len(kept)
+                    kept.append(x)
+                self._places.append(("kept", of_kept[id(x)]))
             else:  # made outside of the loop over layers: the same for all
                 self._places.append(("constant", x))
-        return [*kept.values()]
+        return kept
 
     def pull_back(self, kept: list[jax.Array], known: Any) -> Any:
         """The pull-back, of arrays that were kept and those that are there."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_gale._averages import all_there
 from optax_gale.transforms import shardings, storage, trees
 
 
@@ -27,7 +28,7 @@ def take_all_first(tree: Any, layer: jax.Array) -> Any:
     So what is `put` back cannot precede a reading of what it replaces; compilers, which would
     otherwise have to copy whole stacks, can do it in place.
     """
-    return jax.lax.optimization_barrier(take(tree, layer))
+    return all_there(take(tree, layer))
 
 
 def put(tree: Any, layers: Any, layer: jax.Array) -> Any:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_gale._averages import all_there
 from optax_gale.transforms import moments as moments_lib
 from optax_gale.transforms import range_finders, refresh, shardings, storage, trees
 from optax_gale.transforms.matrices import Projection
@@ -153,7 +154,7 @@ def _turned(
     for number, group in enumerate(_in_groups(changed)):
         if number:
             # One group after another: what turning the moments needs, it needs once.
-            new, out, values = _all_there((dict(new), out, values))
+            new, out, values = all_there((dict(new), out, values))
         bases = {}
         for position in group:
             old, of_new = out[position], new[position]
@@ -176,20 +177,6 @@ def _turned(
                 turned = storage.quantized_anew(values[k], carried[k])
                 values[k] = _replaced(values[k], turned, taken, start)
     return out, values
-
-
-def _all_there(tree: Any) -> Any:
-    """Arrays of which each is there before anything is computed of any."""
-    leaves, treedef = jax.tree.flatten(tree)
-    # To JAX 0.10, all that comes out of a barrier varies over devices if anything in it does.
-    alike: dict[Any, list[int]] = {}
-    for i, x in enumerate(leaves):
-        alike.setdefault(getattr(jax.typeof(x), "manual_axis_type", None), []).append(i)
-    for places in alike.values():
-        through = jax.lax.optimization_barrier([leaves[i] for i in places])
-        for i, x in zip(places, through, strict=True):
-            leaves[i] = x
-    return jax.tree.unflatten(treedef, leaves)
 
 
 def _in_groups(changed: Mapping[int, tuple[Any, ...]]) -> list[list[int]]:
