@@ -402,6 +402,10 @@ def test_options_that_do_not_change_the_numbers_leave_the_run_alone(identity):
         model={"remat": True, "loss_chunks": 2},
         output={"log_every": 3, "tensorboard": False},
     )
+    by_layers = {"layerwise": True}
+    assert identity(tokens, training=by_layers) == identity(
+        tokens, training={**by_layers, "layerwise_activations": "keep"}
+    )
 
 
 # --- C4 -------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 
 import optax_gale
 from examples.flax_llama import cli, optimizers
-from examples.flax_llama.config import ModelOptions, OptimizerOptions, TrainingOptions
+from examples.flax_llama.config import MemoryConfig, ModelOptions, OptimizerOptions, TrainingOptions
 from examples.flax_llama.model import Llama, next_token_loss
 from examples.flax_llama.step import (
     WHOLE,
@@ -78,6 +78,8 @@ def test_the_options_arrive():
     assert walk == Walk(1, True, 0.3, "previous")
     keeping = dataclasses.replace(training, layerwise_activations="keep")
     assert Walk.of(keeping, ModelOptions()) == walk._replace(activations="keep")
+    of_memory = MemoryConfig(batch_size=4, layerwise=True, layerwise_activations="keep")
+    assert of_memory.training().layerwise_activations == "keep"
     settings = optimizers.resolve("sgd", OptimizerOptions(), conftest.NANO, 4)
     tx = optimizers.build("sgd", settings, training)
     state, history = train(tx, walk)
