@@ -135,6 +135,7 @@ def check(losses, undisturbed, *, exactly):
     np.testing.assert_allclose(losses, undisturbed, rtol=0 if exactly else 1e-4)
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_with_another_mesh(corpus_folder, tmp_path, capsys):
     """From data to FSDP, with the data where it was."""
     options = {

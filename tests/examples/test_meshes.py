@@ -73,7 +73,7 @@ def losses(corpus_folder, tmp_path_factory):
         pytest.param("data=8", {}, marks=pytest.mark.slow),
         pytest.param("fsdp=8", {}, marks=pytest.mark.slow),
         ("data=2,fsdp=2,tensor=2", {}),
-        ("data=2,fsdp=4", {"host_refresh": True}),
+        pytest.param("data=2,fsdp=4", {"host_refresh": True}, marks=pytest.mark.slow),
         pytest.param("fsdp=8", {"layerwise": True}, marks=pytest.mark.slow),
         pytest.param("data=2,fsdp=2,tensor=2", {"micro_batches": 2}, marks=pytest.mark.slow),
         pytest.param("data=8", {"average": "projections", "clip_norm": 0}, marks=pytest.mark.slow),
