@@ -8,9 +8,21 @@ import jax.numpy as jnp
 AxisName = str | tuple[str, ...] | None
 
 
-def averaged(x: Any, axis_name: AxisName) -> Any:
-    """A tree of arrays, averaged over mapped axes; as it is if there are none."""
-    return x if axis_name is None else jax.lax.pmean(x, axis_name)
+def averaged(x: Any, axis_name: AxisName, dtype: Any = None) -> Any:
+    """A tree of arrays, averaged over mapped axes; as it is if there are none.
+
+    With a ``dtype``, what has more bits is rounded to it to be averaged.
+    """
+    if axis_name is None:
+        return x
+    if dtype is None:
+        return jax.lax.pmean(x, axis_name)
+
+    def one(x: jax.Array) -> jax.Array:
+        sent = dtype if x.dtype.itemsize > jnp.dtype(dtype).itemsize else x.dtype
+        return jax.lax.pmean(x.astype(sent), axis_name).astype(x.dtype)
+
+    return jax.tree.map(one, x)
 
 
 def averaged_as(tree: Any, like: Any, axis_name: AxisName) -> Any:
@@ -77,3 +89,20 @@ def checked_axis_name(axis_name: Any) -> AxisName:
             f"{axis_name!r}."
         )
     return axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
+
+
+def checked_average_dtype(dtype: Any) -> Any:
+    """The dtype of averages, or None.
+
+    Raises:
+      ValueError: if it is neither bfloat16 nor float32, which alone have the range for them.
+    """
+    if dtype is None:
+        return None
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"`average_dtype` must be 'bfloat16', 'float32' or None, got {dtype!r}.")
+    return found

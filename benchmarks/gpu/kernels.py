@@ -79,10 +79,10 @@ class Task(NamedTuple):
 
 
 def shapes_of(cases: list[Case], sides: list[Side]) -> list[Shape]:
-    """Every group of the models, once."""
+    """Every group of the models, as published and as the example trains them, once."""
     found: dict[Shape, None] = {}
     for case in cases:
-        for group in groups(case):
+        for group in (*groups(case), *groups(case, padded=True)):
             for side in sides:
                 rows = project_rows(group.m, group.n, side)
                 found[Shape(group, case.rank, rows)] = None

@@ -42,8 +42,12 @@ class Case(NamedTuple):
         return self.size not in UNSTACKED
 
 
-def matrices(size: str, layers: int | None = None) -> dict[str, tuple[int, int, int]]:
+def matrices(
+    size: str, layers: int | None = None, *, padded: bool = False
+) -> dict[str, tuple[int, int, int]]:
     """Shapes ``(layers, m, n)`` of the attention and MLP matrices, by path.
+
+    As published, or ``padded`` as the example trains them.
 
     Example:
       >>> matrices("7b")["layers/mlp/gate/kernel"]
@@ -52,6 +56,8 @@ def matrices(size: str, layers: int | None = None) -> dict[str, tuple[int, int, 
     shape = get_size(size)
     if layers is not None:
         shape = dataclasses.replace(shape, layers=layers)
+    if not padded:
+        shape = dataclasses.replace(shape, padding=0)
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     params = jax.eval_shape(Llama(shape).init, jax.random.key(0), tokens)["params"]
     return {
@@ -62,11 +68,16 @@ def matrices(size: str, layers: int | None = None) -> dict[str, tuple[int, int, 
 
 
 def parameters(
-    size: str, *, stacked: bool, layers: int | None = None, dtype: Any = jnp.bfloat16
+    size: str,
+    *,
+    stacked: bool,
+    layers: int | None = None,
+    dtype: Any = jnp.bfloat16,
+    padded: bool = False,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The matrices as parameters: stacks ``(layers, m, n)``, or one parameter a matrix."""
     out = {}
-    for name, (count, *shape) in matrices(size, layers).items():
+    for name, (count, *shape) in matrices(size, layers, padded=padded).items():
         if stacked:
             out[name] = jax.ShapeDtypeStruct((count, *shape), dtype)
         else:
@@ -97,9 +108,9 @@ class Group(NamedTuple):
     n: int
 
 
-def groups(case: Case, layers: int | None = None) -> list[Group]:
+def groups(case: Case, *, padded: bool = False) -> list[Group]:
     """The groups of a model's leaves."""
-    leaves = parameters(case.size, stacked=case.stacked, layers=layers).values()
+    leaves = parameters(case.size, stacked=case.stacked, padded=padded).values()
     shapes = Counter(x.shape for x in leaves)
     return [Group(number, math.prod(batch), m, n) for (*batch, m, n), number in shapes.items()]
 

@@ -57,7 +57,7 @@ def kept(setup: Setup) -> float:
     llama, tensor = setup.llama, setup.axes[2]
     stream = (6 * 4 + 2 * setup.compute) * llama.hidden
     heads = 2 * llama.hidden + 2 * llama.kv_heads * llama.head_dim
-    inner: float = setup.compute * (heads + 6 * llama.intermediate)
+    inner: float = setup.compute * (heads + 6 * llama.padded_intermediate)
     if setup.attention == "xla":
         inner += SCORE_BYTES * llama.heads * setup.length
     return stream + inner / tensor

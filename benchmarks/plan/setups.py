@@ -270,7 +270,7 @@ class Matrices(NamedTuple):
 
 def matrices(llama: LlamaSize) -> list[Matrices]:
     """The matrices of a layer, as `Layout` spreads them."""
-    d, f, kv = llama.hidden, llama.intermediate, llama.kv_heads * llama.head_dim
+    d, f, kv = llama.hidden, llama.padded_intermediate, llama.kv_heads * llama.head_dim
     return [
         Matrices("query", d, d),
         Matrices("key", d, kv),

@@ -23,7 +23,11 @@ Builder = Callable[[Settings, Schedule], optax.GradientTransformation]
 
 DATA = "data"  # the mesh axis along which devices have other sequences and the same weights
 
-_SKETCH = tuple(field.name for field in dataclasses.fields(optax_gale.Sketch))
+_SKETCH = tuple(
+    field.name
+    for field in dataclasses.fields(optax_gale.Sketch)
+    if field.name in OptimizerOptions.__dataclass_fields__
+)
 _RATES = ("learning_rate", "adam_learning_rate")
 _NOT_NEGATIVE = ("eps", "adam_eps", "eps_root", "weight_decay", "min_dim_size_to_factor")
 _MOST_NS_STEPS = 100  # a handful does

@@ -3,14 +3,15 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import layout
+from jax.typing import DTypeLike
 
 from optax_gale import _sharding
-from optax_gale._averages import AxisName, averaged, checked_axis_name
+from optax_gale._averages import AxisName, averaged, checked_average_dtype, checked_axis_name
 from optax_gale._products import einsum, working_dtype
 from optax_gale.linalg import _half_range, _split
 from optax_gale.linalg._split import half_product
@@ -40,6 +41,7 @@ def range_finder(
     align: bool = False,
     method: OrthonormalizeMethod = "auto",
     axis_name: AxisName = None,
+    average_dtype: DTypeLike | None = None,
 ) -> jax.Array:
     r"""Finds an orthonormal ``P`` with ``P Pᵀ G ≈ G``: a randomized range finder.
 
@@ -95,6 +97,9 @@ def range_finder(
             the range of the average, of which only the products are averaged: ``Y``, for each
             power iteration ``Gᵀ Q`` and ``G Z`` too, and with oversampling ``QᵀG``. The key, and
             everything but ``g``, must be the same along them.
+        average_dtype: dtype to which products of more bits are rounded where they are averaged,
+            ``bfloat16`` or ``float32``; None: as they are. In bfloat16 those of a float32 ``g``
+            send half as much, and disturb ``P`` no more than rounding ``g`` would.
 
     Returns:
         ``P (*batch, m, rank)``, in float32 or, if ``g`` is float64, in float64.
@@ -128,6 +133,7 @@ def range_finder(
         fallbacks=[fallback],
         method=method,
         axis_name=axis_name,
+        average_dtype=average_dtype,
     )
     return p
 
@@ -146,6 +152,7 @@ def range_finders(
     align: bool = False,
     method: OrthonormalizeMethod = "auto",
     axis_name: AxisName = None,
+    average_dtype: DTypeLike | None = None,
 ) -> list[jax.Array]:
     r"""Finds the ranges of many stacks of matrices: `range_finder` for each of them.
 
@@ -166,6 +173,7 @@ def range_finders(
         align: whether to turn the bases towards the singular vectors.
         method: how to orthonormalise; any but ``"auto"`` serves one stack after the other.
         axis_name: mapped axes along which matrices differ and are averaged.
+        average_dtype: dtype in which products are averaged.
 
     Returns:
         ``P (*batch, m, rank)`` for each stack.
@@ -188,6 +196,7 @@ def range_finders(
     if not 0 < sample_fraction <= 1:
         raise ValueError(f"sample_fraction must be in (0, 1]; got {sample_fraction}.")
     axis_name = checked_axis_name(axis_name)
+    average_dtype = checked_average_dtype(average_dtype)
     none = [None] * len(gs)
     problems = [
         _checked(key, g, start, fallback, rank, rank + oversampling, sample_fraction)
@@ -204,6 +213,7 @@ def range_finders(
             sketch,
             align,
             axis_name,
+            average_dtype,
         )
         if together
         else []
@@ -214,6 +224,7 @@ def range_finders(
         else _range_finder(
             *(*problem[:4], rank, *problem[4:], power_iterations, sketch, align, method),
             axis_name,
+            average_dtype,
         )
         for problem, yes in zip(problems, is_together, strict=True)
     ]
@@ -274,7 +285,7 @@ def _served_together(problem: _Problem, rank: int, method: OrthonormalizeMethod)
     return is_half and plain and _split.is_fast()
 
 
-@functools.partial(jax.jit, static_argnums=range(4, 10))
+@functools.partial(jax.jit, static_argnums=range(4, 11))
 def half_range_finders(
     keys: Sequence[jax.Array],
     gs: Sequence[jax.Array],
@@ -286,11 +297,13 @@ def half_range_finders(
     sketch: SketchKind,
     align: bool,
     axis_name: AxisName = None,
+    average_dtype: Any = None,
 ) -> list[jax.Array]:
     """`range_finders` of half-precision stacks, by `_half_range`, on any device."""
+    average = functools.partial(averaged, axis_name=axis_name, dtype=average_dtype)
     product = functools.partial(half_product, dtype=jnp.bfloat16)
     ys = [
-        _first_sketch(key, g, start, rank, size, sketch, axis_name, product)
+        _first_sketch(key, g, start, rank, size, sketch, average, product)
         for key, g, start, size in zip(keys, gs, starts, samples, strict=True)
     ]
     found = _half_range.half_ranges(
@@ -302,7 +315,7 @@ def half_range_finders(
     ]
 
 
-@functools.partial(jax.jit, static_argnums=range(4, 12))
+@functools.partial(jax.jit, static_argnums=range(4, 13))
 def _range_finder(
     key: jax.Array,
     g: jax.Array,
@@ -316,9 +329,10 @@ def _range_finder(
     align: bool,
     method: OrthonormalizeMethod,
     axis_name: AxisName,
+    average_dtype: Any,
 ) -> jax.Array:
-    average = functools.partial(averaged, axis_name=axis_name)
-    y = _first_sketch(key, g, start, width, samples, sketch, axis_name)
+    average = functools.partial(averaged, axis_name=axis_name, dtype=average_dtype)
+    y = _first_sketch(key, g, start, width, samples, sketch, average)
     _, usable = normalize_columns(y)
     q = orthonormalize(y, method)
     for _ in range(power_iterations):
@@ -342,7 +356,7 @@ def _first_sketch(
     width: int,
     samples: int,
     sketch: SketchKind,
-    axis_name: AxisName,
+    average: Callable[[jax.Array], jax.Array],
     product: Callable[..., jax.Array] = einsum,
 ) -> jax.Array:
     """Returns ``Y``: what ``start`` makes of ``g``, and as many random columns as are missing."""
@@ -351,7 +365,7 @@ def _first_sketch(
     if start is not None:
         # Unit columns: the product with G cannot overflow, and old singular vectors stay
         # well-conditioned however fast their singular values decay.
-        z, _ = normalize_columns(averaged(_transposed_times(g, start), axis_name))
+        z, _ = normalize_columns(average(_transposed_times(g, start)))
         key, key_lost = jax.random.split(key)
         fresh = make_sketch(sketch, key_lost, z.shape[-2:], z.dtype) / math.sqrt(g.shape[-1])
         lost = jnp.sum(z * z, axis=-2, keepdims=True) == 0
@@ -360,7 +374,7 @@ def _first_sketch(
     if missing:
         parts.append(_sketched(key, g, missing, samples, sketch, product))
     # The columns of both parts at once.
-    return averaged(jnp.concatenate(parts, axis=-1), axis_name)
+    return average(jnp.concatenate(parts, axis=-1))
 
 
 def _sketched(

@@ -46,6 +46,7 @@ def test_the_matrices_of_a_model_come_from_its_one_table():
     assert shapes.groups(Case("1b", 512)) == [
         Group(4, 24, 2048, 2048), Group(1, 24, 5461, 2048), Group(2, 24, 2048, 5461),
     ]  # fmt: skip
+    assert shapes.groups(Case("1b", 512), padded=True)[1] == Group(1, 24, 5504, 2048)
     assert shapes.groups(Case("60m", 128)) == [
         Group(32, 1, 512, 512), Group(8, 1, 1376, 512), Group(16, 1, 512, 1376),
     ]  # fmt: skip
@@ -547,4 +548,7 @@ def test_devices_average_projections_in_the_place_of_gradients(tmp_path, capsys)
     sketches = 4 * 4 * sum(layers * min(m, n) for layers, m, n in matrices)
     assert sent["GALE"] == projections
     assert sent["GALE, a refresh, no power iteration"] == projections + sketches
+    assert sent["GALE, a refresh"] == 2 * (projections + sketches)
+    halved = sent["GALE, a refresh, sketches in bfloat16"]
+    assert halved == projections + (projections + 2 * sketches) // 2
     assert "of AdamW's" in capsys.readouterr().out

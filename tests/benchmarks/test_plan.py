@@ -173,7 +173,7 @@ def test_more_devices_need_less_and_tensor_shares_the_rest():
     [
         ({"size": "70c"}, "unknown model '70c'; choose from"),
         ({"size": "7b", "mesh": "fsdp=x"}, "--mesh must read like"),
-        ({"size": "1b", "mesh": "tensor=2"}, "does not divide layers/mlp/down/kernel"),
+        ({"size": "350m", "mesh": "tensor=32"}, "does not divide layers/mlp/down/kernel"),
         ({"size": "7b", "rank": 5000}, "--rank must be 1 to 4096"),
         ({"size": "7b", "rank": 0}, "--rank must be at least 1"),
         ({"size": "7b", "optimizer": "adamw", "state": "int8"}, "are for --optimizer gale"),

@@ -25,7 +25,7 @@ from examples.flax_llama.data import DataConfig
 from examples.flax_llama.layout import Layout, bytes_on_a_device, shaped
 from examples.flax_llama.metrics import human_bytes, read_records
 from examples.flax_llama.model import Llama, next_token_loss
-from examples.flax_llama.sizes import SIZES, LlamaSize, count_params
+from examples.flax_llama.sizes import LlamaSize, count_params
 from examples.flax_llama.step import first_state, make_train_step, trace_init
 from examples.flax_llama.step_memory import batch_shapes
 from optax_gale.pallas import dispatch
@@ -170,8 +170,8 @@ def test_without_tensor_the_side_that_is_not_projected_is_divided():
     shapes = {"out": (64, 64), "gate": (64, 160), "down": (160, 64)}
     assert specs("short", **shapes) == {"out": rows, "gate": columns, "down": rows}
     assert specs("long", **shapes) == {"out": columns, "gate": rows, "down": columns}
-    # LLaMA-1B's 5461 cannot be divided; the other side can.
-    wide = SIZES["1b"].intermediate
+    # A width that cannot be divided; the other side can.
+    wide = 5461
     assert specs("short", gate=(64, wide), down=(wide, 64)) == {"gate": rows, "down": columns}
 
 

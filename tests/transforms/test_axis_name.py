@@ -246,6 +246,31 @@ def test_several_axes():
     chex.assert_trees_all_close(got, wanted, atol=1e-5)
 
 
+HALVED = optax_gale.Sketch(average_dtype="bfloat16")
+
+
+def test_sketches_of_float32_gradients_can_be_averaged_in_bfloat16():
+    tx = adamw(axis_name="data", range_finder=HALVED)
+    step = lambda w, s, g: tx.update(jax.tree.map(lambda x: x[0], g), s, w, refresh=True)
+    mapped = jax.shard_map(step, mesh=mesh(), in_specs=(P(), P(), P("data")), out_specs=P())
+    text = str(jax.make_jaxpr(mapped)(params(), tx.init(params()), gradients(0)))
+    sums = re.findall(r":(\w+)\[([\d,]*)\][^\n]* = psum", text)
+    sketches = [f"{M},{RANK}", f"{N},{RANK}", f"{M},{RANK}"]
+    assert sorted(x for dtype, x in sums if dtype == "bf16") == sorted(sketches)
+    assert {x for dtype, x in sums if dtype == "f32"} == {f"{RANK},{N}", f"{N}"}
+
+
+def test_sketches_averaged_in_bfloat16_capture_as_much():
+    tx = optax_gale.gale_sgd(1e-2, RANK, axis_name="data", range_finder=HALVED)
+    _, state = run(tx, steps=1)
+    mean = jnp.mean(gradients(0)["wide"], 0)
+    found = optax_gale.linalg.captured_energy(state.projector["wide"], mean)
+    p = optax_gale.linalg.range_finder(jax.random.key(0), mean, RANK)
+    assert found > 0.9999 * optax_gale.linalg.captured_energy(p, mean)
+    eye = state.projector["wide"].T @ state.projector["wide"]
+    np.testing.assert_allclose(eye, np.eye(RANK), atol=1e-5)
+
+
 def test_a_range_finder_of_a_batch_of_parts():
     """`jax.vmap` has named axes too."""
     g = gradients(0)["wide"]
@@ -265,3 +290,11 @@ def test_a_range_finder_of_a_batch_of_parts():
 def test_bad_options(options, error, text):
     with pytest.raises(error, match=text):
         adamw(**options)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "half a byte", 3])
+def test_bad_average_dtypes(dtype):
+    with pytest.raises(ValueError, match="`average_dtype` must be 'bfloat16', 'float32' or None"):
+        optax_gale.Sketch(average_dtype=dtype)
+    with pytest.raises(ValueError, match="`average_dtype` must be"):
+        optax_gale.linalg.range_finder(jax.random.key(0), jnp.ones((3, 3)), 2, average_dtype=dtype)

@@ -37,19 +37,12 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(size.norm_eps, *dtypes)
         self.attention = Attention(size, *dtypes, self.attention_backend)
         self.mlp_norm = RMSNorm(size.norm_eps, *dtypes)
-        self.mlp = MLP(size.hidden, size.intermediate, *dtypes, align=not self._shares_width())
+        self.mlp = MLP(size.hidden, size.intermediate, *dtypes, padding=size.padding)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps the residual stream ``x (B, T, D)`` to the next layer's."""
         x = placed(x + self.attention(self.attention_norm(x)), self.stream)
         return placed(x + self.mlp(self.mlp_norm(x)), self.stream)
-
-    def _shares_width(self) -> bool:
-        """Whether devices may have parts of the MLP's width each."""
-        if self.stream is None:
-            return False
-        sizes = [self.stream.mesh.shape.get(axis, 1) for axis in ("fsdp", "tensor")]
-        return any(n > 1 and self.size.intermediate % n == 0 for n in sizes)
 
 
 def placed(x: jax.Array, where: NamedSharding | None) -> jax.Array:

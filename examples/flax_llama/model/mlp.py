@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from examples.flax_llama.model.linear import Linear, aligned
+from examples.flax_llama.model.linear import Linear
 
 
 class MLP(nn.Module):
@@ -16,24 +16,27 @@ class MLP(nn.Module):
         intermediate: Width inside, F.
         dtype: Dtype of the products.
         param_dtype: Dtype of the weights.
-        align: Whether to compute with the next width whose rows are aligned, the rest zeros. Where
-            devices share F, that would move weights between them.
+        padding: Entries beside F that the matrices have. They start as zeros, take no part, and
+            have no gradient.
     """
 
     hidden: int
     intermediate: int
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
-    align: bool = True
+    padding: int = 0
 
     def setup(self) -> None:
         """Makes the three matrices."""
-        hidden, inside, dtypes = self.hidden, self.intermediate, (self.dtype, self.param_dtype)
-        width = aligned(inside, self.dtype) if self.align else inside
-        self.gate = Linear(hidden, inside, *dtypes, computed=(hidden, width))
-        self.up = Linear(hidden, inside, *dtypes, computed=(hidden, width))
-        self.down = Linear(inside, hidden, *dtypes, computed=(width, hidden))
+        width, dtypes = self.intermediate + self.padding, (self.dtype, self.param_dtype)
+        self.gate = Linear(self.hidden, width, *dtypes, padding=(0, self.padding))
+        self.up = Linear(self.hidden, width, *dtypes, padding=(0, self.padding))
+        self.down = Linear(width, self.hidden, *dtypes, padding=(self.padding, 0))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``x (..., D)`` to ``(..., D)``."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        inside = jax.nn.silu(self.gate(x)) * self.up(x)
+        if self.padding:  # whatever an optimizer made of the zeros
+            column = jax.lax.broadcasted_iota(jnp.int32, inside.shape, inside.ndim - 1)
+            inside = jnp.where(column < self.intermediate, inside, 0)
+        return self.down(inside)
