@@ -1,9 +1,9 @@
-"""What data parallelism sends: AdamW's gradients against GALE's projections, from compiled steps.
+"""What data parallelism sends: AdamW's gradients against GALE's projections, from whole steps.
 
 The optimizer's step on all projected matrices of a model, on simulated devices each of which has
-gradients of its own. Nothing is run or allocated: the programs are compiled for the real shapes,
-and their collectives counted (`optax_gale.traffic_report`). In float32, since CPUs add up bfloat16
-in float32, and what they send would not be what GPUs do.
+float32 gradients of its own. Nothing is run or allocated: the programs are traced for the real
+shapes, and what they average is counted. Compiled, they must average as many numbers
+(`optax_gale.traffic_report`); their bytes would not do, for CPUs average bfloat16 in float32.
 
     python -m benchmarks.traffic --size 1b --rank 512
 """
@@ -61,8 +61,8 @@ def step(tx: Any, mesh: Any, refresh: bool | None, averages: bool) -> Callable[.
 def reduced(config: Config, tx: Any, refresh: bool | None, averages: bool) -> int:
     """Bytes of the arrays that are averaged in a step.
 
-    Of the program as it was traced: XLA for CPUs adds up bfloat16 in float32. Where there is none,
-    its compiled program must say the same.
+    Of the program as it was traced: XLA for CPUs averages bfloat16 in float32. How many numbers
+    those are, the compiled program must say too.
     """
     mesh = jax.make_mesh((config.devices,), ("data",), (AxisType.Auto,))
     weights = parameters(config.size, stacked=True, dtype=jnp.float32)
@@ -74,16 +74,20 @@ def reduced(config: Config, tx: Any, refresh: bool | None, averages: bool) -> in
         weights,
     )
     program = jax.jit(step(tx, mesh, refresh, averages), donate_argnums=(0, 1))
-    averages_of = averaged_arrays(program.trace(weights, state, own).jaxpr)
-    bytes_of = sum(math.prod(x.shape) * x.dtype.itemsize for x in averages_of)
-    if not any(x.dtype == jnp.bfloat16 for x in averages_of):
-        report = optax_gale.traffic_report(program, weights, state, own)
-        assert bytes_of == sum(c.size * c.times for c in report.collectives)
-    return bytes_of
+    arrays = averaged_arrays(program.trace(weights, state, own).jaxpr)
+    report = optax_gale.traffic_report(program, weights, state, own)
+    traced = sum(math.prod(x.shape) for x in arrays)
+    compiled = sum(sum(c.elements) * c.times for c in report.collectives)
+    if traced != compiled:
+        raise RuntimeError(f"{traced} numbers are averaged as traced, {compiled} as compiled")
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
 
 def averaged_arrays(program: Any) -> list[Any]:
-    """The arrays, shapes and dtypes, that a traced program sums over devices and then uses."""
+    """The arrays, shapes and dtypes, that a traced program sums over devices and then uses.
+
+    Loops are not followed: nothing is averaged in one here.
+    """
     found = []
     used = {id(x) for x in program.outvars}
     for equation in reversed(program.eqns):

@@ -8,39 +8,39 @@ import jax.numpy as jnp
 AxisName = str | tuple[str, ...] | None
 
 
-def averaged(x: Any, axis_name: AxisName, dtype: Any = None) -> Any:
+def averaged(tree: Any, axis_name: AxisName, dtype: Any = None) -> Any:
     """A tree of arrays, averaged over mapped axes; as it is if there are none.
 
-    With a ``dtype``, what has more bits is rounded to it to be averaged.
+    With a ``dtype``, arrays of more bits are rounded to it first.
     """
     if axis_name is None:
-        return x
+        return tree
     if dtype is None:
-        return jax.lax.pmean(x, axis_name)
-
-    def one(x: jax.Array) -> jax.Array:
-        sent = dtype if x.dtype.itemsize > jnp.dtype(dtype).itemsize else x.dtype
-        return jax.lax.pmean(x.astype(sent), axis_name).astype(x.dtype)
-
-    return jax.tree.map(one, x)
+        return jax.lax.pmean(tree, axis_name)  # one collective for all
+    return jax.tree.map(lambda x: _mean(x, axis_name, dtype), tree)
 
 
 def averaged_as(tree: Any, like: Any, axis_name: AxisName) -> Any:
-    """A tree of arrays, averaged as those of another one would be.
+    """A tree of arrays, averaged as those of another one would be: see `sent_as`."""
+    if axis_name is None:
+        return tree
+    leaves, treedef = jax.tree.flatten(tree)
+    pairs = zip(leaves, jax.tree.leaves(like), strict=True)
+    return jax.tree.unflatten(treedef, [_mean(x, axis_name, sent_as(y.dtype)) for x, y in pairs])
+
+
+def sent_as(dtype: Any) -> Any:
+    """The dtype in which what is computed of gradients of a dtype is averaged; None: as it is.
 
     What is computed of bfloat16 gradients in float32 is sent in bfloat16, as they would be: half
     the bytes. float16 has too small a range for a projection.
     """
-    if axis_name is None:
-        return tree
-    leaves, treedef = jax.tree.flatten(tree)
+    return jnp.bfloat16 if dtype == jnp.bfloat16 else None
 
-    def one(x: jax.Array, y: jax.Array) -> jax.Array:
-        dtype = y.dtype if y.dtype == jnp.bfloat16 else x.dtype
-        return jax.lax.pmean(x.astype(dtype), axis_name).astype(x.dtype)
 
-    pairs = zip(leaves, jax.tree.leaves(like), strict=True)
-    return jax.tree.unflatten(treedef, [one(x, y) for x, y in pairs])
+def _mean(x: jax.Array, axis_name: AxisName, dtype: Any) -> jax.Array:
+    narrower = dtype is not None and jnp.dtype(dtype).itemsize < x.dtype.itemsize
+    return jax.lax.pmean(x.astype(dtype) if narrower else x, axis_name).astype(x.dtype)
 
 
 def varying(x: Any, axis_name: AxisName) -> Any:
@@ -91,18 +91,19 @@ def checked_axis_name(axis_name: Any) -> AxisName:
     return axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
 
 
-def checked_average_dtype(dtype: Any) -> Any:
-    """The dtype of averages, or None.
+def checked_average_dtype(dtype: Any) -> str | None:
+    """The name of the dtype in which averages are made, or None.
 
     Raises:
-      ValueError: if it is neither bfloat16 nor float32, which alone have the range for them.
+      ValueError: if it is neither bfloat16 nor float32. (float16 has too small a range.)
     """
+    for found in (jnp.bfloat16, jnp.float32):
+        names = (found, found.dtype, found.dtype.type, found.dtype.name)
+        if any(isinstance(dtype, type(name)) and dtype == name for name in names):
+            return str(found.dtype.name)
     if dtype is None:
         return None
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(f"`average_dtype` must be 'bfloat16', 'float32' or None, got {dtype!r}.")
-    return found
+    raise ValueError(
+        f"`average_dtype`, in which devices average sketches, must be 'bfloat16', 'float32', or "
+        f"None for as they are computed; got {dtype!r}."
+    )

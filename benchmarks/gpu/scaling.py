@@ -9,9 +9,10 @@ from benchmarks.gpu.link import table as link_table
 from benchmarks.gpu.report import number
 from benchmarks.gpu.store import Row, provenance
 from benchmarks.gpu.training_step import AVERAGED, devices_of
+from examples.flax_llama.sizes import get_size
 from examples.flax_llama.tables import markdown
 
-KEY = ("size", "rank", "arm", "batch", "length", "mesh", "remat", "attention_backend")
+KEY = ("size", "width", "rank", "arm", "batch", "length", "mesh", "remat", "attention_backend")
 _ADAPTED = (GALE, AVERAGED)  # arms in which the rank matters
 _GIB, _MIB = 2**30, 2**20
 
@@ -149,6 +150,8 @@ def scalings(rows: Sequence[Row], links: Mapping[int, Sequence[Row]]) -> str:
 
 def _name(row: Row) -> str:
     parts = [f"LLaMA-{row['size'].upper()}, {row['batch']} × {row['length']}"]
+    now = get_size(row["size"]).padded_intermediate
+    parts += [f"an MLP of {row['width']}"] if row.get("width", now) != now else []
     parts += ["recomputed"] if row.get("remat") else []
     parts += ["XLA's attention"] if row.get("attention_backend") else []
     parts += [row["mesh"]] if row.get("mesh") else []

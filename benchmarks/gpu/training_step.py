@@ -85,6 +85,11 @@ class Case:
         """How many the mesh has."""
         return devices_of(self.mesh)
 
+    @property
+    def width(self) -> int:
+        """Of the MLP in memory, which is padded."""
+        return get_size(self.size).padded_intermediate
+
 
 def devices_of(mesh: str | None) -> int:
     """How many devices a mesh has.

@@ -246,8 +246,11 @@ def throughputs(results: Path) -> Iterator[tuple[str, Row, Setup]]:
         }
         if row["arm"] not in arms:
             continue
+        llama = LLAMAS[row["size"]]
+        if "width" in row:  # as it was then
+            llama = dataclasses.replace(llama, padding=row["width"] - llama.intermediate)
         setup = Setup(
-            LLAMAS[row["size"]],
+            llama,
             mesh,
             arms[row["arm"]],
             # A batch is that of a device.
@@ -258,6 +261,8 @@ def throughputs(results: Path) -> Iterator[tuple[str, Row, Setup]]:
             average=row["arm"] == AVERAGED,
         )
         text = f"{row['size']}, {row['arm']}, {row['batch']} × {row['length']}"
+        if llama != LLAMAS[row["size"]]:
+            text += f", an MLP of {row['width']}"
         yield f"{text} ({device}, {mesh_text(mesh)})", row, setup
 
 

@@ -23,10 +23,9 @@ Builder = Callable[[Settings, Schedule], optax.GradientTransformation]
 
 DATA = "data"  # the mesh axis along which devices have other sequences and the same weights
 
+# Without devices that average, `average_dtype` has no effect: there is no option for it.
 _SKETCH = tuple(
-    field.name
-    for field in dataclasses.fields(optax_gale.Sketch)
-    if field.name in OptimizerOptions.__dataclass_fields__
+    field.name for field in dataclasses.fields(optax_gale.Sketch) if field.name != "average_dtype"
 )
 _RATES = ("learning_rate", "adam_learning_rate")
 _NOT_NEGATIVE = ("eps", "adam_eps", "eps_root", "weight_decay", "min_dim_size_to_factor")

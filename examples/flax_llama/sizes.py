@@ -26,7 +26,7 @@ class LlamaSize:
         norm_eps: Added to the mean square inside RMSNorm.
         tied: Whether the LM head shares the embedding's weights.
         padding: Entries that the MLP has in memory beside its F, so that rows are aligned and can
-            be shared by devices. They are zeros, change nothing, and are no parameters.
+            be shared by devices. They start as zeros, take no part, and count as no parameters.
 
     Raises:
         UserError: If a number is not positive, ``padding`` is negative, or one number does not

@@ -82,7 +82,7 @@ def half_ranges(
                 half_product(subscripts, g, q.astype(g.dtype), jnp.bfloat16)
                 for g, q in zip(gs, qs, strict=True)
             ]
-            ys = averaged(ys, axis_name)
+            ys = averaged(ys, axis_name)  # in bfloat16, which they are
     ps, found = _orthonormal(batch, ys, align)
     return list(zip(ps, batch.parts(found & usable), strict=True))
 

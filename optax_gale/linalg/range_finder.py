@@ -11,7 +11,13 @@ from jax.experimental import layout
 from jax.typing import DTypeLike
 
 from optax_gale import _sharding
-from optax_gale._averages import AxisName, averaged, checked_average_dtype, checked_axis_name
+from optax_gale._averages import (
+    AxisName,
+    averaged,
+    checked_average_dtype,
+    checked_axis_name,
+    sent_as,
+)
 from optax_gale._products import einsum, working_dtype
 from optax_gale.linalg import _half_range, _split
 from optax_gale.linalg._split import half_product
@@ -98,8 +104,10 @@ def range_finder(
             power iteration ``Gᵀ Q`` and ``G Z`` too, and with oversampling ``QᵀG``. The key, and
             everything but ``g``, must be the same along them.
         average_dtype: dtype to which products of more bits are rounded where they are averaged,
-            ``bfloat16`` or ``float32``; None: as they are. In bfloat16 those of a float32 ``g``
-            send half as much, and disturb ``P`` no more than rounding ``g`` would.
+            ``bfloat16`` or ``float32``; None: bfloat16 for a bfloat16 ``g``, else as they are. In
+            bfloat16 those of a float32 ``g`` send half as much; ``P`` is then off by about as much
+            as if ``g`` were rounded, and by more the more devices add up. A float64 ``g`` must
+            stay within float32's range.
 
     Returns:
         ``P (*batch, m, rank)``, in float32 or, if ``g`` is float64, in float64.
@@ -224,7 +232,7 @@ def range_finders(
         else _range_finder(
             *(*problem[:4], rank, *problem[4:], power_iterations, sketch, align, method),
             axis_name,
-            average_dtype,
+            average_dtype or sent_as(problem.g.dtype),
         )
         for problem, yes in zip(problems, is_together, strict=True)
     ]

@@ -47,10 +47,10 @@ class Sketch:
       align: turn the basis of the subspace towards the gradient's singular vectors. An optimizer
         that scales every entry, like Adam, depends on its basis, and does better in that one.
       average_dtype: with ``axis_name``, the dtype to which sketches are rounded for devices to
-        average them, ``"bfloat16"`` or ``"float32"``; None: as they are computed, which for
-        bfloat16 gradients is in bfloat16. Of float32 gradients, whose projections are averaged in
-        float32 in any case, bfloat16 sketches are half as much to send. They tell directions apart
-        down to about 1/256 of the largest singular value.
+        average them, ``"bfloat16"`` or ``"float32"``; None: bfloat16 for bfloat16 gradients, else
+        as they are computed. Sketches of float32 gradients are half as much to send in bfloat16,
+        and choose a subspace that is off by about as much as that of rounded gradients would be.
+        Projections of float32 gradients are averaged in float32 in any case.
 
     Example:
       >>> import optax, optax_gale
@@ -98,7 +98,7 @@ class Sketch:
                 "Sketch: `warm_start` keeps the old subspace unless it is iterated; set "
                 "`power_iterations` to at least 1."
             )
-        checked_average_dtype(self.average_dtype)
+        object.__setattr__(self, "average_dtype", checked_average_dtype(self.average_dtype))
 
     def __call__(
         self, x: jax.Array, *, rank: int, key: jax.Array, previous: jax.Array

@@ -125,6 +125,7 @@ def test_programs_send_and_hold_what_the_model_says(setup):
 def test_stored_peaks_are_met():
     measured = checks.peaks(RESULTS)
     errors = {m.name: m.row()["error"] for m in measured}
+    assert len(errors) == len(measured)
     # Predictions are of 4096 tokens a row; with 16 times as many, recomputed, it says too much.
     many = {name: errors.pop(name) for name in list(errors) if "256 × 256" in name}
     assert all(0 < error < 0.25 for error in many.values())

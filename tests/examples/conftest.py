@@ -11,8 +11,8 @@ from examples.flax_llama import train
 from examples.flax_llama.sizes import SIZES, LlamaSize
 
 NANO = LlamaSize(300, hidden=16, intermediate=24, layers=2, heads=2, kv_heads=1)
-# Of which every axis can be divided among 8 devices.
-EVEN = LlamaSize(304, hidden=16, intermediate=32, layers=2, heads=2, kv_heads=2)
+# Of which every axis can be divided among 8 devices, for it is padded.
+EVEN = LlamaSize(304, hidden=16, intermediate=27, layers=2, heads=2, kv_heads=2, padding=5)
 
 
 @pytest.fixture(autouse=True, scope="module")

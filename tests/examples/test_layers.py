@@ -25,7 +25,9 @@ from examples.flax_llama.step import (
 )
 from optax_gale import LayerwiseState
 
-TIED = conftest.LlamaSize(300, hidden=16, intermediate=24, layers=2, heads=2, kv_heads=1, tied=True)
+TIED = conftest.LlamaSize(
+    300, hidden=16, intermediate=20, layers=2, heads=2, kv_heads=1, tied=True, padding=4
+)
 
 
 def batch(seed):

@@ -34,7 +34,7 @@ from optax_gale.pallas.project_update import xla as project_update
 
 STEPS, GAP = 100, 15
 # Matrices larger than whatever has the rank's size, and heads for 8 devices.
-WIDE = LlamaSize(304, hidden=64, intermediate=160, layers=2, heads=8, kv_heads=8)
+WIDE = LlamaSize(304, hidden=64, intermediate=150, layers=2, heads=8, kv_heads=8, padding=10)
 
 pytestmark = [
     pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"),
@@ -132,7 +132,8 @@ def test_mesh_memory_and_traffic_are_printed(corpus_folder, tmp_path, capsys):
     options = conftest.even_options(corpus_folder)
     out = printed(capsys, options, tmp_path / "data", mesh="data=8")
     assert "Mesh: data 8, fsdp 1, tensor 1; 8 × cpu." in out
-    size = 4 * count_params(conftest.EVEN)
+    even = conftest.EVEN
+    size = 4 * (count_params(even) + 3 * even.layers * even.hidden * even.padding)
     assert f"holds {human_bytes(size)} of weights and {human_bytes(size + 4)} of the opt" in out
     sent = re.search(r"needs [\d.]+ KiB in a step, and sends ([\d.]+) KiB in one\.", out)
     # All gradients are summed, in a ring; besides them only numbers like the loss.
@@ -364,7 +365,7 @@ def test_what_an_optimizer_asks_of_its_inner_is_of_no_mesh(options, compiled):
 
 def test_devices_that_average_projections_send_less(compiled):
     """Of query, gate and down projections of rank 4; of all else the gradients."""
-    whole = count_params(WIDE)
+    whole = count_params(WIDE) + 3 * WIDE.layers * WIDE.hidden * WIDE.padding
     less = whole - 2 * (64 * 64 + 2 * 64 * 160) + 2 * 4 * (64 + 2 * 160)
     for average, numbers in (("gradients", whole), ("projections", less)):
         made = compiled("data=8", select=PROJECTED, average=average)

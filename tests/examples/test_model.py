@@ -165,34 +165,32 @@ def test_mlp():
 
 
 def test_padding_takes_no_part():
-    width, padding = 45, 3
-    x = jax.random.normal(jax.random.key(1), (2, 9, 32))
+    hidden, width, padding = 32, 45, 3
+    x = jax.random.normal(jax.random.key(1), (2, 9, hidden))
 
-    def found(padding, noise):
-        mlp = MLP(32, width, padding=padding)
+    def found(padding, written):
+        """The result and the gradients, after an optimizer has ``written`` to the padding."""
+        mlp, wide = MLP(hidden, width, padding=padding), width + padding
         layer = mlp.init(jax.random.key(0), x)
-        shapes = {path[-2].key: leaf.shape for path, leaf in jax.tree.leaves_with_path(layer)}
-        wide = width + padding
-        assert shapes == {"gate": (32, wide), "up": (32, wide), "down": (wide, 32)}
-        layer = jax.tree.map(
-            lambda leaf: (
-                leaf + noise * (np.arange(leaf.shape[0]) >= width)[:, None]
-                if leaf.shape[0] > 32
-                else leaf + noise * (np.arange(leaf.shape[1]) >= width)[None, :]
-            ),
-            layer,
-        )
-        y, back = jax.vjp(mlp.apply, layer, x)
+        spare = written * (np.arange(wide) >= width)
+
+        def write(path, kernel):
+            down = path[-2].key == "down"
+            assert kernel.shape == ((wide, hidden) if down else (hidden, wide))
+            return kernel + (spare[:, None] if down else spare[None, :])
+
+        y, back = jax.vjp(mlp.apply, jax.tree.map_with_path(write, layer), x)
+        # A mask of every layer would be kept where nothing is computed again.
+        assert not any(leaf.dtype == bool for leaf in jax.tree.leaves(back))
         return y, *back(jnp.cos(y))
 
     y, weights, inputs = found(0, 0.0)
-    for noise in (0.0, 7.0):  # as they start, and after an optimizer that writes to them
-        padded_y, padded_weights, padded_inputs = found(padding, noise)
+    for written in (0.0, 7.0):
+        padded_y, padded_weights, padded_inputs = found(padding, written)
         np.testing.assert_allclose(padded_y, y, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(padded_inputs, inputs, rtol=1e-5, atol=1e-6)
-        for wide, narrow in zip(
-            jax.tree.leaves(padded_weights), jax.tree.leaves(weights), strict=True
-        ):
+        pairs = zip(*map(jax.tree.leaves, (padded_weights, weights)), strict=True)
+        for wide, narrow in pairs:
             own = tuple(slice(n) for n in narrow.shape)
             np.testing.assert_allclose(wide[own], narrow, rtol=1e-5, atol=1e-6)
             assert np.count_nonzero(wide) == np.count_nonzero(wide[own])
@@ -367,6 +365,7 @@ def test_too_long_a_sequence():
     ("change", "message"),
     [
         ({"layers": 0}, "layers must be positive, got 0"),
+        ({"padding": -1}, "padding must not be negative, got -1"),
         ({"heads": 5, "kv_heads": 5}, "heads=5 must divide hidden=32"),
         ({"kv_heads": 3}, "kv_heads=3 must divide heads=4"),
         ({"heads": 32, "kv_heads": 32}, "= 1 must be even"),

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import optax_gale
 
 DEVICES, M, N, RANK = 2, 24, 40, 6
+KEY = jax.random.key(0)
 STEPS, GAP = 7, 3
 
 
@@ -249,15 +250,47 @@ def test_several_axes():
 HALVED = optax_gale.Sketch(average_dtype="bfloat16")
 
 
-def test_sketches_of_float32_gradients_can_be_averaged_in_bfloat16():
-    tx = adamw(axis_name="data", range_finder=HALVED)
+def averaged_in_a_refresh(sketch, dtype="float32"):
+    """Dtypes and shapes of all that a refresh averages."""
+    tx = adamw(axis_name="data", range_finder=sketch, state_dtype="float32")
     step = lambda w, s, g: tx.update(jax.tree.map(lambda x: x[0], g), s, w, refresh=True)
     mapped = jax.shard_map(step, mesh=mesh(), in_specs=(P(), P(), P("data")), out_specs=P())
-    text = str(jax.make_jaxpr(mapped)(params(), tx.init(params()), gradients(0)))
-    sums = re.findall(r":(\w+)\[([\d,]*)\][^\n]* = psum", text)
-    sketches = [f"{M},{RANK}", f"{N},{RANK}", f"{M},{RANK}"]
-    assert sorted(x for dtype, x in sums if dtype == "bf16") == sorted(sketches)
-    assert {x for dtype, x in sums if dtype == "f32"} == {f"{RANK},{N}", f"{N}"}
+    weights = params(dtype)
+    text = str(jax.make_jaxpr(mapped)(weights, tx.init(weights), gradients(0, dtype)))
+    return re.findall(r":(\w+)\[([\d,]*)\][^\n]* = psum", text)
+
+
+@pytest.mark.parametrize(
+    ("options", "sketches"),
+    [
+        ({}, [(M, RANK), (N, RANK), (M, RANK)]),
+        ({"power_iterations": 0}, [(M, RANK)]),
+        ({"oversampling": 3}, [(M, 9), (N, 9), (M, 9), (N, 9)]),
+        ({"warm_start": True}, [(N, RANK), (M, RANK)]),
+    ],
+    ids=["default", "no iteration", "oversampled", "warm"],
+)
+@pytest.mark.parametrize(
+    ("dtype", "average_dtype", "sent"),
+    [
+        ("float32", "bfloat16", "bf16"),
+        ("float32", None, "f32"),
+        ("bfloat16", None, "bf16"),
+        ("bfloat16", "float32", "f32"),
+    ],
+)
+def test_sketches_are_averaged_in_the_dtype_asked_for(
+    options, sketches, dtype, average_dtype, sent
+):
+    sketch = optax_gale.Sketch(average_dtype=average_dtype, **options)
+    sums = averaged_in_a_refresh(sketch, dtype)
+    shapes = sorted(f"{m},{k}" for m, k in sketches)
+    found = sorted(shape for _, shape in sums if shape in shapes)
+    assert found == shapes
+    assert {kind for kind, shape in sums if shape in shapes} == {sent}
+    # Projections, and what is not projected, as ever.
+    own = "bf16" if dtype == "bfloat16" else "f32"
+    assert {x for x in sums if x[1] not in shapes} == {(own, f"{RANK},{N}"), (own, f"{N}")}
 
 
 def test_sketches_averaged_in_bfloat16_capture_as_much():
@@ -292,9 +325,39 @@ def test_bad_options(options, error, text):
         adamw(**options)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8", "half a byte", 3])
+@pytest.mark.parametrize("devices", [1, 8, 32])
+@pytest.mark.parametrize("decay", [0.7, 2.0])
+def test_what_sketches_averaged_in_bfloat16_lose(devices, decay):
+    """As docs/flax.md has it."""
+    m, n, rank = 256, 512, 16
+    left, right = (
+        jnp.linalg.qr(jax.random.normal(jax.random.key(i), (size, m)))[0]
+        for i, size in enumerate((m, n))
+    )
+    g = (left * jnp.arange(1.0, m + 1) ** -decay) @ right.T
+    noise = jax.random.normal(KEY, (devices, m, n)) * jnp.linalg.norm(g) / (m * n) ** 0.5
+    find = functools.partial(optax_gale.linalg.range_finder, KEY, rank=rank)
+    half = functools.partial(find, axis_name="parts", average_dtype="bfloat16")
+    p = jax.vmap(half, axis_name="parts")(g + noise - noise.mean(0))[0]
+    lost = 1 - optax_gale.linalg.captured_energy(p, g) / optax_gale.linalg.captured_energy(
+        find(g), g
+    )
+    assert abs(lost) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float16", "int8", "(2,", {"names": ["a"]}, 3, np.float32(1), np.ones(2)], ids=str
+)
 def test_bad_average_dtypes(dtype):
-    with pytest.raises(ValueError, match="`average_dtype` must be 'bfloat16', 'float32' or None"):
-        optax_gale.Sketch(average_dtype=dtype)
-    with pytest.raises(ValueError, match="`average_dtype` must be"):
-        optax_gale.linalg.range_finder(jax.random.key(0), jnp.ones((3, 3)), 2, average_dtype=dtype)
+    for make in (
+        lambda: optax_gale.Sketch(average_dtype=dtype),
+        lambda: optax_gale.linalg.range_finder(KEY, jnp.ones((3, 3)), 2, average_dtype=dtype),
+    ):
+        with pytest.raises(ValueError, match="must be 'bfloat16', 'float32', or None"):
+            make()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.dtype("bfloat16"), "bfloat16"])
+def test_all_names_of_a_dtype_make_one_sketch(dtype):
+    assert optax_gale.Sketch(average_dtype=dtype) == HALVED
+    assert hash(optax_gale.Sketch(average_dtype=dtype)) == hash(HALVED)

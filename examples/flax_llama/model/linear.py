@@ -17,7 +17,7 @@ class Linear(nn.Module):
         features: out.
         dtype: Dtype of the product.
         param_dtype: Dtype of the kernel.
-        padding: Of ``inputs`` and of ``features``, the last that start as zeros.
+        padding: How many of the last inputs, and of the last features, start as zeros.
     """
 
     inputs: int

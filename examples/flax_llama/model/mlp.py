@@ -16,8 +16,8 @@ class MLP(nn.Module):
         intermediate: Width inside, F.
         dtype: Dtype of the products.
         param_dtype: Dtype of the weights.
-        padding: Entries beside F that the matrices have. They start as zeros, take no part, and
-            have no gradient.
+        padding: Entries beside F that the matrices have. They start as zeros, take no part
+            whatever becomes of them, and have no gradient.
     """
 
     hidden: int
@@ -37,6 +37,12 @@ class MLP(nn.Module):
         """Maps ``x (..., D)`` to ``(..., D)``."""
         inside = jax.nn.silu(self.gate(x)) * self.up(x)
         if self.padding:  # whatever an optimizer made of the zeros
-            column = jax.lax.broadcasted_iota(jnp.int32, inside.shape, inside.ndim - 1)
-            inside = jnp.where(column < self.intermediate, inside, 0)
+            # The backward pass makes the mask again; it would keep every layer's.
+            cut = jax.checkpoint(_cut, prevent_cse=False, static_argnums=1)
+            inside = cut(inside, self.intermediate)
         return self.down(inside)
+
+
+def _cut(x: jax.Array, width: int) -> jax.Array:
+    column = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    return jnp.where(column < width, x, 0)
