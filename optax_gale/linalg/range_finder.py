@@ -210,7 +210,9 @@ def range_finders(
         _checked(key, g, start, fallback, rank, rank + oversampling, sample_fraction)
         for key, g, start, fallback in zip(keys, gs, starts or none, fallbacks or none, strict=True)
     ]
-    is_together = [_served_together(problem, rank, method) for problem in problems]
+    # Served together, their products are in bfloat16.
+    wide = axis_name is not None and average_dtype == "float32"
+    is_together = [not wide and _served_together(problem, rank, method) for problem in problems]
     together = [problem for problem, yes in zip(problems, is_together, strict=True) if yes]
     found = iter(
         half_range_finders(

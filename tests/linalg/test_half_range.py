@@ -290,3 +290,21 @@ def test_the_range_of_an_average(power_iterations):
     assert np.max(orthogonality_error(got[0])) < TOLERANCE
     energies = [captured_energy(p, G) for p in (got[0], find(G, None))]
     np.testing.assert_allclose(*energies, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("average_dtype", "sent"),
+    [(None, "bfloat16"), ("bfloat16", "bfloat16"), ("float32", "float32")],
+)
+def test_products_are_averaged_in_the_dtype_asked_for(average_dtype, sent, monkeypatch):
+    means = []
+
+    def pmean(tree, axis_name):
+        means.extend(str(x.dtype) for x in jax.tree.leaves(tree))
+        return tree
+
+    monkeypatch.setattr(jax.lax, "pmean", pmean)
+    jax.make_jaxpr(
+        lambda g: range_finder(KEY, g, RANK, axis_name="parts", average_dtype=average_dtype)
+    )(G[:1])
+    assert len(means) == 3 and set(means) == {sent}
