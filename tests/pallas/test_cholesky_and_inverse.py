@@ -128,6 +128,7 @@ def test_other_blocks(block, interpreter, monkeypatch):
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:divide by zero")
+@pytest.mark.slow
 def test_triton_interpreted_on_what_is_not_positive_definite(interpreter):
     check_indefinite("triton")
 

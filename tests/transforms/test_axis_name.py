@@ -279,6 +279,7 @@ def averaged_in_a_refresh(sketch, dtype="float32"):
         ("bfloat16", "float32", "f32"),
     ],
 )
+@pytest.mark.quick("float32-bfloat16-bf16-default", "bfloat16-None-bf16-oversampled")
 def test_sketches_are_averaged_in_the_dtype_asked_for(
     options, sketches, dtype, average_dtype, sent
 ):
@@ -327,6 +328,7 @@ def test_bad_options(options, error, text):
 
 @pytest.mark.parametrize("devices", [1, 8, 32])
 @pytest.mark.parametrize("decay", [0.7, 2.0])
+@pytest.mark.quick("0.7-32")
 def test_what_sketches_averaged_in_bfloat16_lose(devices, decay):
     """As docs/flax.md has it."""
     m, n, rank = 256, 512, 16
