@@ -234,7 +234,7 @@ def range_finders(
         else _range_finder(
             *(*problem[:4], rank, *problem[4:], power_iterations, sketch, align, method),
             axis_name,
-            average_dtype or sent_as(problem.g.dtype),
+            average_dtype,
         )
         for problem, yes in zip(problems, is_together, strict=True)
     ]
@@ -310,10 +310,13 @@ def half_range_finders(
     average_dtype: Any = None,
 ) -> list[jax.Array]:
     """`range_finders` of half-precision stacks, by `_half_range`, on any device."""
-    average = functools.partial(averaged, axis_name=axis_name, dtype=average_dtype)
     product = functools.partial(half_product, dtype=jnp.bfloat16)
     ys = [
-        _first_sketch(key, g, start, rank, size, sketch, average, product)
+        _first_sketch(
+            *(key, g, start, rank, size, sketch),
+            _average_of(g, axis_name, average_dtype),
+            product,
+        )
         for key, g, start, size in zip(keys, gs, starts, samples, strict=True)
     ]
     found = _half_range.half_ranges(
@@ -341,7 +344,7 @@ def _range_finder(
     axis_name: AxisName,
     average_dtype: Any,
 ) -> jax.Array:
-    average = functools.partial(averaged, axis_name=axis_name, dtype=average_dtype)
+    average = _average_of(g, axis_name, average_dtype)
     y = _first_sketch(key, g, start, width, samples, sketch, average)
     _, usable = normalize_columns(y)
     q = orthonormalize(y, method)
@@ -357,6 +360,14 @@ def _range_finder(
         t = einsum("...mk,...ml->...kl", q, y / jnp.where(largest > 0, largest, 1))
         q = einsum("...mk,...kl->...ml", q, orthonormalize(einsum("...kl,...jl->...kj", t, t)))
     return q if fallback is None else or_else(q, usable, fallback)
+
+
+def _average_of(
+    g: jax.Array, axis_name: AxisName, average_dtype: Any
+) -> Callable[[jax.Array], jax.Array]:
+    """How products with ``g`` are averaged."""
+    dtype = average_dtype or sent_as(g.dtype)
+    return functools.partial(averaged, axis_name=axis_name, dtype=dtype)
 
 
 def _first_sketch(

@@ -296,7 +296,9 @@ def test_the_range_of_an_average(power_iterations):
     ("average_dtype", "sent"),
     [(None, "bfloat16"), ("bfloat16", "bfloat16"), ("float32", "float32")],
 )
-def test_products_are_averaged_in_the_dtype_asked_for(average_dtype, sent, monkeypatch):
+@pytest.mark.parametrize("warm", [False, True])
+def test_products_are_averaged_in_the_dtype_asked_for(average_dtype, sent, warm, monkeypatch):
+    start = jnp.ones((1, M, RANK)) if warm else None
     means = []
 
     def pmean(tree, axis_name):
@@ -304,7 +306,6 @@ def test_products_are_averaged_in_the_dtype_asked_for(average_dtype, sent, monke
         return tree
 
     monkeypatch.setattr(jax.lax, "pmean", pmean)
-    jax.make_jaxpr(
-        lambda g: range_finder(KEY, g, RANK, axis_name="parts", average_dtype=average_dtype)
-    )(G[:1])
-    assert len(means) == 3 and set(means) == {sent}
+    options = {"axis_name": "parts", "average_dtype": average_dtype, "start": start}
+    jax.make_jaxpr(lambda g: range_finder(KEY, g, RANK, **options))(G[:1])
+    assert len(means) == 3 + warm and set(means) == {sent}
