@@ -1,5 +1,6 @@
 """Tables of the stored measurements of `benchmarks.throughput`, on one device and on meshes."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from benchmarks.gpu.link import table as link_table
 from benchmarks.gpu.report import number
 from benchmarks.gpu.store import Row, provenance
 from benchmarks.gpu.training_step import AVERAGED, devices_of
-from examples.flax_llama.sizes import get_size
+from examples.flax_llama.sizes import LlamaSize, get_size
 from examples.flax_llama.tables import markdown
 
 KEY = ("size", "width", "rank", "arm", "batch", "length", "mesh", "remat", "attention_backend")
@@ -148,10 +149,23 @@ def scalings(rows: Sequence[Row], links: Mapping[int, Sequence[Row]]) -> str:
     return markdown(header, lines)
 
 
+def shape_of(row: Row) -> LlamaSize:
+    """The model's shape, padded as it was when it was measured."""
+    size = get_size(row["size"])
+    width = row.get("width", size.padded_intermediate)
+    return dataclasses.replace(size, padding=width - size.intermediate)
+
+
+def another_width(row: Row) -> list[str]:
+    """What tells the model from today's of its size; nothing if it is that."""
+    shape = shape_of(row)
+    known = shape == get_size(row["size"])
+    return [] if known else [f"an MLP of {shape.padded_intermediate}"]
+
+
 def _name(row: Row) -> str:
     parts = [f"LLaMA-{row['size'].upper()}, {row['batch']} × {row['length']}"]
-    now = get_size(row["size"]).padded_intermediate
-    parts += [f"an MLP of {row['width']}"] if row.get("width", now) != now else []
+    parts += another_width(row)
     parts += ["recomputed"] if row.get("remat") else []
     parts += ["XLA's attention"] if row.get("attention_backend") else []
     parts += [row["mesh"]] if row.get("mesh") else []

@@ -10,6 +10,7 @@ import jax
 import optax
 
 import optax_gale
+from benchmarks.gpu import scaling
 from benchmarks.gpu.arms import ADAMW, GALE
 from benchmarks.gpu.training_step import AVERAGED, compiled_on
 from benchmarks.memory_cases import CASES
@@ -246,11 +247,8 @@ def throughputs(results: Path) -> Iterator[tuple[str, Row, Setup]]:
         }
         if row["arm"] not in arms:
             continue
-        llama = LLAMAS[row["size"]]
-        if "width" in row:  # as it was then
-            llama = dataclasses.replace(llama, padding=row["width"] - llama.intermediate)
         setup = Setup(
-            llama,
+            scaling.shape_of(row),
             mesh,
             arms[row["arm"]],
             # A batch is that of a device.
@@ -260,9 +258,8 @@ def throughputs(results: Path) -> Iterator[tuple[str, Row, Setup]]:
             attention=row.get("attention_backend") or "cudnn",
             average=row["arm"] == AVERAGED,
         )
-        text = f"{row['size']}, {row['arm']}, {row['batch']} × {row['length']}"
-        if llama != LLAMAS[row["size"]]:
-            text += f", an MLP of {row['width']}"
+        batch = f"{row['batch']} × {row['length']}"
+        text = ", ".join([row["size"], row["arm"], batch, *scaling.another_width(row)])
         yield f"{text} ({device}, {mesh_text(mesh)})", row, setup
 
 

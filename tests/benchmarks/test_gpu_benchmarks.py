@@ -552,3 +552,13 @@ def test_devices_average_projections_in_the_place_of_gradients(tmp_path, capsys)
     halved = sent["GALE, a refresh, sketches in bfloat16"]
     assert halved == projections + (projections + 2 * sketches) // 2
     assert "of AdamW's" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nano", "quick_compilation")
+def test_what_is_counted_must_be_what_is_compiled(monkeypatch):
+    monkeypatch.setattr(traffic, "averaged_arrays", lambda program: [])
+    with pytest.raises(RuntimeError, match=r"^0 numbers are averaged as traced, \d+ as compiled$"):
+        traffic.reduced(
+            traffic.Config(size="nano", rank=4, devices=2), optax.adamw(1e-3), None, False
+        )

@@ -1,5 +1,6 @@
 """The plan for many GPUs against the example's layout, against programs, and against its page."""
 
+import dataclasses
 import json
 import math
 import re
@@ -161,6 +162,17 @@ def test_rows_of_several_gpus_are_compared(tmp_path):
     text = tables.on_meshes([data, fsdp])
     assert "60m, GALE, 2 × 256 (H100, data=2) | 1.00 |" in text
     assert "No measurement on several GPUs" in tables.on_meshes(checks.meshes(tmp_path / "none"))
+
+
+def test_a_row_is_compared_with_the_model_of_its_width(tmp_path):
+    rows = [throughput_row(size="1b", rank=512, **more) for more in ({}, {"width": 5461})]
+    record = {"runs": [{"device": "NVIDIA H100"}], "rows": rows}
+    (tmp_path / "throughput_nvidia-h100.json").write_text(json.dumps(record))
+    (now, _, padded), (then, _, plain) = checks.throughputs(tmp_path)
+    assert padded.llama == LLAMAS["1b"]
+    assert plain.llama == dataclasses.replace(LLAMAS["1b"], padding=0)
+    assert now == "1b, GALE, 2 × 256 (H100, data=1)"
+    assert then == "1b, GALE, 2 × 256, an MLP of 5461 (H100, data=1)"
 
 
 def test_more_devices_need_less_and_tensor_shares_the_rest():

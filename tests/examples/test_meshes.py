@@ -42,6 +42,11 @@ pytestmark = [
 ]
 
 
+def numbers_in_memory(size):
+    """The parameters, and the padding of three matrices a layer."""
+    return count_params(size) + 3 * size.layers * size.hidden * size.padding
+
+
 @pytest.fixture(autouse=True, scope="module")
 def wide():
     with pytest.MonkeyPatch.context() as patch:
@@ -132,8 +137,7 @@ def test_mesh_memory_and_traffic_are_printed(corpus_folder, tmp_path, capsys):
     options = conftest.even_options(corpus_folder)
     out = printed(capsys, options, tmp_path / "data", mesh="data=8")
     assert "Mesh: data 8, fsdp 1, tensor 1; 8 × cpu." in out
-    even = conftest.EVEN
-    size = 4 * (count_params(even) + 3 * even.layers * even.hidden * even.padding)
+    size = 4 * numbers_in_memory(conftest.EVEN)
     assert f"holds {human_bytes(size)} of weights and {human_bytes(size + 4)} of the opt" in out
     sent = re.search(r"needs [\d.]+ KiB in a step, and sends ([\d.]+) KiB in one\.", out)
     # All gradients are summed, in a ring; besides them only numbers like the loss.
@@ -365,7 +369,7 @@ def test_what_an_optimizer_asks_of_its_inner_is_of_no_mesh(options, compiled):
 
 def test_devices_that_average_projections_send_less(compiled):
     """Of query, gate and down projections of rank 4; of all else the gradients."""
-    whole = count_params(WIDE) + 3 * WIDE.layers * WIDE.hidden * WIDE.padding
+    whole = numbers_in_memory(WIDE)
     less = whole - 2 * (64 * 64 + 2 * 64 * 160) + 2 * 4 * (64 + 2 * 160)
     for average, numbers in (("gradients", whole), ("projections", less)):
         made = compiled("data=8", select=PROJECTED, average=average)
